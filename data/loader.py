@@ -1,0 +1,176 @@
+"""Batches by position: the loader's whole state is one integer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.batch import ImageBatch, TextBatch
+from data.dataset import Ints, ShardedDataset
+from data.errors import UserError
+from data.images import UnreadableImage, decode
+from data.keyed import sample_keys
+from data.order import Order
+
+
+class _Request(NamedTuple):
+    """One microbatch, as the main process asks a worker for it."""
+
+    ids: Ints
+    keys: Ints
+
+
+class Loader:
+    """An endless stream of this process's share of the global batches.
+
+    Global batch `k` is positions `k * batch_size … (k + 1) * batch_size - 1` of the dataset's order,
+    whatever the number of processes and workers; process `rank` takes the `rank`-th of `world_size`
+    equal pieces, in microbatches. `position` counts the samples consumed by all processes together:
+    a loader made with `start=position` goes on with the next global batch.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        workers: int = 0,
+        canvas: int | None = None,
+        microbatch: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        """Raises `UserError` when the global batch cannot be split evenly.
+
+        Args:
+            batch_size: samples of one global batch, over all processes.
+            start: position of the first sample; any multiple of nothing in particular.
+            canvas: side of the square that pictures are placed on, in pixels (images only).
+            microbatch: most samples a yielded batch may hold; this process's whole share without it.
+        """
+        if batch_size % world_size:
+            nearest = max(1, round(batch_size / world_size)) * world_size
+            raise UserError(
+                f"a global batch of {batch_size} cannot be split evenly over {world_size} processes; "
+                f"use {nearest} (train.batch_size={nearest}) or another number of processes"
+            )
+        local = batch_size // world_size
+        self.microbatch = local if microbatch is None else min(microbatch, local)
+        if local % self.microbatch:
+            raise UserError(
+                f"{local} samples a process cannot be split into microbatches of {self.microbatch}; "
+                f"choose a divisor of {local} (train.microbatch)"
+            )
+        self.accumulation = local // self.microbatch
+        """Microbatches of one global batch on this process."""
+        self.batch_size, self.position = batch_size, start
+        self._requests = _Requests(dataset, batch_size, seed, rank * local, local, self.microbatch, start)
+        self._loader = _torch_loader(dataset, self._requests, workers, canvas, pin_memory)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yields `ImageBatch` or `TextBatch` microbatches, for ever, from `position` on."""
+        self._requests.start = self.position
+        for number, batch in enumerate(self._loader):
+            if (number + 1) % self.accumulation == 0:
+                self.position += self.batch_size
+            yield batch
+
+
+def sequential(
+    dataset: ShardedDataset,
+    batch_size: int,
+    canvas: int | None = None,
+    workers: int = 0,
+    ids: Ints | None = None,
+    seed: int = 0,
+) -> Iterator[Any]:
+    """One pass over the samples `ids` (all, ascending, by default); the last batch may be smaller."""
+    ids = dataset.all_ids() if ids is None else np.asarray(ids, dtype=np.int64)
+    requests = [
+        _Request(part, sample_keys(seed, 0, part))
+        for part in np.split(ids, range(batch_size, len(ids), batch_size))
+        if len(part)
+    ]
+    yield from _torch_loader(dataset, requests, workers, canvas, pin_memory=False)
+
+
+class _Requests(Sampler[_Request]):
+    """Positions to samples, in the main process, so that workers cannot change the order."""
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        batch_size: int,
+        seed: int,
+        offset: int,
+        local: int,
+        microbatch: int,
+        start: int,
+    ) -> None:
+        self.dataset, self.order, self.seed = dataset, Order(dataset.counts, seed), seed
+        self.batch_size, self.offset, self.local, self.microbatch = batch_size, offset, local, microbatch
+        self.start = start
+
+    def __iter__(self) -> Iterator[_Request]:
+        batch = self.start
+        while True:
+            for first in range(self.offset, self.offset + self.local, self.microbatch):
+                place = self.order.locate(np.arange(batch + first, batch + first + self.microbatch))
+                ids = self.dataset.ids(place.shards, place.members)
+                yield _Request(ids, sample_keys(self.seed, place.epochs, ids))
+            batch += self.batch_size
+
+
+class _Reader(Dataset[Any]):
+    """Reads and decodes one request; runs in a worker process, or in the main one without workers."""
+
+    def __init__(self, dataset: ShardedDataset, canvas: int | None) -> None:
+        self.dataset, self.canvas = dataset, canvas
+
+    def __getitem__(self, request: _Request) -> ImageBatch | TextBatch:
+        keys, ids = torch.from_numpy(request.keys), torch.from_numpy(request.ids)
+        if self.dataset.kind == "text":
+            tokens = torch.from_numpy(np.stack([self.dataset.row(int(i)) for i in request.ids]))
+            documents = torch.cumsum(tokens == self.dataset.manifest["bos"], dim=1)
+            return TextBatch(tokens=tokens, documents=documents, keys=keys, ids=ids)
+        canvas, labels, sizes = self.canvas, [], []
+        assert canvas is not None
+        pixels = np.empty((len(ids), 3, canvas, canvas), dtype=np.uint8)
+        for place, identity in enumerate(request.ids):
+            payload, label = self.dataset.image(int(identity))
+            try:
+                pixels[place], size = decode(payload, canvas)
+            except UnreadableImage as error:
+                name = self.dataset.key(int(identity))
+                raise UserError(f"picture {name!r} in {self.dataset.folder} cannot be decoded: {error}") from None
+            labels.append(label)
+            sizes.append(size)
+        return ImageBatch(
+            images=torch.from_numpy(pixels),
+            sizes=torch.tensor(sizes, dtype=torch.int64),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            keys=keys,
+            ids=ids,
+        )
+
+
+def _torch_loader(
+    dataset: ShardedDataset, requests: Any, workers: int, canvas: int | None, pin_memory: bool
+) -> DataLoader:
+    if dataset.kind == "images" and canvas is None:
+        raise UserError("images need a canvas: the side, in pixels, of the square they are decoded onto")
+    return DataLoader(
+        _Reader(dataset, canvas),
+        sampler=requests,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        # Its own generator: the default one would be drawn from at every pass.
+        generator=torch.Generator().manual_seed(0),
+    )
