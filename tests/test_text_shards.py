@@ -1,0 +1,189 @@
+"""Laws of text sharding: nothing lost, nothing half-written, equal documents on one side."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data.dataset import ShardedDataset
+from data.documents import ReadCounts
+from data.errors import UserError
+from data.loader import sequential
+from data.text import read_documents, shard_text, split_exactly
+from data.tokenizer import load, train
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "<|eos|>", "naïve", "東京", "trains", "🚂"]
+
+
+def document(seed: int) -> str:
+    random = np.random.default_rng(seed)
+    return " ".join(random.choice(WORDS, size=random.integers(5, 200))) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    source = tmp_path / "source"
+    (source / "b").mkdir(parents=True)
+    for number in range(60):
+        (source / ("b" if number % 2 else ".") / f"{number:03d}.txt").write_text(document(number % 50))
+    return source
+
+
+def stream(dataset: Path) -> tuple[dict[str, Any], list[list[int]]]:
+    """Manifest and token ids of each shard, read from the tars as plain WebDataset would."""
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    shards = []
+    for shard in manifest["shards"]:
+        with tarfile.open(dataset / shard["name"]) as tar:
+            blocks = [np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar]  # type: ignore[union-attr]
+        assert all(len(block) == manifest["block_tokens"] for block in blocks[:-1])
+        assert {block.dtype.str for block in blocks} == {manifest["dtype"]}
+        assert sum(map(len, blocks)) == shard["tokens"]
+        shards.append([int(token) for block in blocks for token in block])
+    return manifest, shards
+
+
+def documents_in(dataset: Path) -> list[str]:
+    manifest, shards = stream(dataset)
+    tokenizer = load(dataset)
+    tokens = [token for shard in shards for token in shard]
+    assert tokens[0] == manifest["bos"]
+    starts = [place for place, token in enumerate(tokens) if token == manifest["bos"]] + [len(tokens)]
+    pieces = [tokens[a:b] for a, b in pairwise(starts)]
+    assert all(piece[-1] == manifest["eos"] for piece in pieces)
+    assert len(tokens) == manifest["tokens"]
+    return [tokenizer.decode(piece[1:-1], skip_special_tokens=False) for piece in pieces]
+
+
+def test_every_document_is_in_the_shards_once_and_unchanged(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    summary = shard_text(
+        [folder], out, vocab_size=400, validation=0.3, tokens_per_shard=2048, block_tokens=128
+    )
+    train_side, valid_side = documents_in(out), documents_in(out / "validation")
+    assert sorted(train_side + valid_side) == sorted(read_documents([folder]))
+    assert not set(train_side) & set(valid_side)
+    assert (summary["documents"], summary["validation"]["documents"]) == (len(train_side), len(valid_side))
+    assert summary["bytes"] == sum(len(text.encode()) for text in train_side)
+    assert (out / "tokenizer.json").read_bytes() == (out / "validation" / "tokenizer.json").read_bytes()
+
+
+def test_short_texts_still_make_several_shards(folder: Path, tmp_path: Path) -> None:
+    summary = shard_text([folder], tmp_path / "shards", vocab_size=400, validation=0, block_tokens=128)
+    assert summary["shards"] >= 8
+    assert summary["validation"] is None
+    assert not (tmp_path / "shards" / "validation").exists()
+
+
+def test_the_loader_reads_rows_of_the_stream(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    shard_text([folder], out, vocab_size=400, validation=0, tokens_per_shard=1024, block_tokens=128)
+    dataset = ShardedDataset(out, context=50)
+    rows = [row for batch in sequential(dataset, 7) for row in batch.tokens.tolist()]
+    _, shards = stream(out)
+    assert rows == [s[i : i + 51] for s in shards for i in range(0, len(s) - 50, 50)]
+
+
+def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shard_text([folder], tmp_path / name, vocab_size=400, block_tokens=128)
+    manifests = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in "ab"]
+    assert manifests[0] == manifests[1]
+
+
+def test_an_interruption_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data.blocks import Side
+
+    original, calls = Side.add, []
+
+    def interrupted(self: Side, text: str, ids: list[int]) -> None:
+        calls.append(text)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        original(self, text, ids)
+
+    monkeypatch.setattr(Side, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shard_text([folder], tmp_path / "shards", vocab_size=400, validation=0.4, block_tokens=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_given_tokenizer_is_used_and_kept(folder: Path, tmp_path: Path) -> None:
+    train([document(1)], 300).save(str(tmp_path / "own.json"))
+    shard_text([folder], tmp_path / "shards", tokenizer=tmp_path / "own.json", block_tokens=128)
+    assert load(tmp_path / "shards").to_str() == load(tmp_path / "own.json").to_str()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pieces_of_a_long_text_encode_like_the_whole(seed: int) -> None:
+    characters = np.random.default_rng(seed).choice(list("ab1!_' \n\t\u00a0\x1c\u2028é東'"), size=3000)
+    text = "".join(characters)
+    tokenizer = train([text], 300)
+    pieces = list(split_exactly(text, 100))
+    assert len(pieces) > 10
+    assert [i for piece in pieces for i in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
+
+
+def test_documents_by_line_paragraph_and_field(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text("one\ntwo\n\n\n  \nthree\n")
+    (tmp_path / "b.jsonl").write_text('{"body": "four\\n\\nstill four"}\n\n{"body": "five"}\n')
+    (tmp_path / "c.bin").write_bytes(b"\x00")
+    (tmp_path / ".hidden.txt").write_text("hidden")
+    assert list(read_documents([tmp_path / "a.md"], "line")) == ["one", "two", "three"]
+    assert list(read_documents([tmp_path], "paragraph", "body")) == [
+        "one\ntwo",
+        "three",
+        "four\n\nstill four",
+        "five",
+    ]
+    assert list(read_documents([tmp_path / "a.md"], "file")) == ["one\ntwo\n\n\n  \nthree\n"]
+
+
+def test_undecodable_and_empty_documents_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfgood \xff bad \xc3 and \xef\xbf\xbd own")
+    (tmp_path / "b.txt").write_text(" \n")
+    (tmp_path / "c.jsonl").write_text('{"text": "half \\ud83d pair"}')
+    counts = ReadCounts()
+    texts = list(read_documents([tmp_path], counts=counts))
+    assert texts == ["good \ufffd bad \ufffd and \ufffd own", "half \ufffd pair"]
+    assert (counts.replaced, counts.empty) == (3, 1)
+    assert counts.bytes_read == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_bad_sources_get_one_sentence(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "fine"}\n{"txt": "misspelt"}\n')
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    for source, message in [
+        (bad, r"line 2: no string under 'text' \(found: txt\)"),
+        (empty, "no text in there"),
+        (nothing, "holds no text files"),
+        (tmp_path / "missing", "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            shard_text([source], tmp_path / "out", vocab_size=300)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="no text was named"):
+        shard_text([], tmp_path / "out")
+
+
+def test_an_existing_dataset_is_replaced_only_when_asked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    shard_text([folder], out, vocab_size=300, validation=0.3, block_tokens=128)
+    with pytest.raises(UserError, match="already exists"):
+        shard_text([folder], out, vocab_size=300)
+    shard_text([folder], out, vocab_size=310, validation=0, block_tokens=128, overwrite=True)
+    assert json.loads((out / "dataset.json").read_text())["vocab_size"] == 310
+    assert not (out / "validation").exists()
