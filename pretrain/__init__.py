@@ -1,0 +1,1 @@
+"""Batches -> a trained encoder -> an export. Knows no downstream task."""

@@ -1,0 +1,63 @@
+"""`accelerate launch -m pretrain RECIPE key=value …`: train a recipe and export its encoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from data.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `headwater pretrain` shares."""
+    parser.add_argument("recipe", help="a YAML file, or the name of one of ours")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.steps=1000")
+    parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME)")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe and data, say what would run, and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train in this process; returns the exit status."""
+    from pretrain.loop import RunFailed, train
+    from pretrain.recipe import load_recipe
+
+    main = int(os.environ.get("RANK", "0")) == 0
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        output = arguments.output or Path("runs") / recipe.name
+        if arguments.dry_run:
+            from pretrain.dry_run import estimate
+
+            print(json.dumps(estimate(recipe), indent=1))
+            return 0
+        exported = train(recipe, output, arguments.resume)
+    except UserError as error:
+        if main:
+            print(f"headwater: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        if main:
+            print(f"headwater: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if main:
+            print("headwater: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    if main:
+        print(f"exported to {exported}\nnext: headwater finetune {exported} TRAIN_SHARDS --test TEST_SHARDS --strategy linear")
+    return 0
+
+
+def main() -> None:
+    """Entry point of `python -m pretrain`."""
+    parser = argparse.ArgumentParser(prog="pretrain", description="Train a recipe and export its encoder.")
+    add_arguments(parser)
+    sys.exit(run(parser.parse_intermixed_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The model card: what an export is, and code that loads it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pretrain.recipe import Recipe
+
+_IMAGES = """```python
+import timm, torch
+
+encoder = timm.create_model("local-dir:.", pretrained=True).eval()   # "." is this folder
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
+features = encoder(torch.zeros(1, 3, {size}, {size}))
+print(features.shape)   # (1, {features})
+```
+
+The same folder loads with `transformers.AutoModel.from_pretrained(".")`."""
+
+_TEXT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")   # "." is this folder
+model = AutoModelForCausalLM.from_pretrained(".").eval()
+prompt = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+```"""
+
+
+def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
+    """Markdown with front matter for a model hub; its code runs inside the export's folder."""
+    images = about["kind"] == "images"
+    code = _IMAGES.format(size=about["image_size"], features=about["features"]) if images else _TEXT
+    front = ["---", f"library_name: {'timm' if images else 'transformers'}"]
+    front += [f"pipeline_tag: {'image-feature-extraction' if images else 'text-generation'}", "---"]
+    facts = [
+        ("objective", about["objective"]),
+        ("steps", f"{about['step']:,}"),
+        ("samples seen", f"{about['samples']:,}"),
+        ("samples in the dataset", f"{about['dataset']['size']:,}"),
+        ("dataset fingerprint", f"`{about['dataset']['fingerprint'][:16]}`"),
+        ("features", str(about["features"])),
+    ]
+    if images:
+        facts.append(("input", f"{about['image_size']} x {about['image_size']} RGB, mean {about['mean']}, std {about['std']}"))
+    table = "\n".join(["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts])
+    return "\n".join(front) + (
+        f"\n\n# {recipe.name}\n\nPre-trained with headwater {about['headwater']}.\n\n{table}\n\n## Use\n\n{code}\n\n"
+        "## Fine-tune, continue\n\n"
+        "```bash\nheadwater finetune . TRAIN_DATA --test TEST_DATA --strategy full\n```\n\n"
+        "`headwater/objective.safetensors` keeps the whole objective, heads included, and "
+        "`headwater/golden.safetensors` a few inputs and outputs that are compared at load.\n"
+    )

@@ -1,0 +1,69 @@
+"""Evaluation on held-out samples, the same ones each time, split over the processes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from data.keyed import hash64
+from data.loader import sequential
+from pretrain.build import Datasets
+from pretrain.encoders.vision import VisionConfig
+from pretrain.probe import online_knn
+from pretrain.recipe import Recipe
+from pretrain.state import TrainingState
+
+
+@torch.no_grad()
+def evaluate(
+    recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator
+) -> dict[str, float]:
+    """Loss and metrics on `watch.evaluate_samples` held-out samples, kNN accuracy where there are labels."""
+    if data.validation is None:
+        return {}
+    values = _held_out_loss(recipe, state, data, accelerator)
+    watch = recipe.watch
+    if isinstance(recipe.encoder, VisionConfig) and watch.knn_samples:
+        accuracy = online_knn(
+            state.encoder(),
+            data.train,
+            data.validation,
+            recipe.encoder,
+            recipe.data.canvas,
+            watch.knn_samples,
+            watch.evaluate_samples,
+            watch.knn_neighbours,
+        )
+        if accuracy is not None:
+            values["knn_accuracy"] = accuracy
+    return values
+
+
+def _held_out_loss(
+    recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator
+) -> dict[str, float]:
+    assert data.validation is not None
+    ids = data.validation.all_ids()
+    ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: recipe.watch.evaluate_samples]])
+    mine = ids[accelerator.process_index :: accelerator.num_processes]
+    size = recipe.train.microbatch or max(1, recipe.train.batch_size // accelerator.num_processes)
+    state.objective.eval()
+    totals, names = torch.zeros(2, dtype=torch.float64, device=accelerator.device), None
+    for batch in sequential(data.validation, size, canvas=recipe.data.canvas, ids=mine):
+        output = state.objective(batch.to(accelerator.device), 1.0)
+        names = sorted(output.metrics)
+        values = [output.loss_sum, output.target_count] + [output.metrics[name] for name in names]
+        stacked = torch.stack([value.double() for value in values])
+        totals = stacked if len(totals) != len(stacked) else totals + stacked
+    state.objective.train()
+    totals = accelerator.reduce(totals, reduction="sum")
+    loss, count, *metrics = totals.tolist()
+    found = {"validation_loss": loss / max(count, 1.0)}
+    if recipe.encoder.kind == "text":
+        found["validation_perplexity"] = math.exp(min(found["validation_loss"], 50.0))
+    for name, value in zip(names or [], metrics, strict=True):
+        found[f"validation_{name}"] = value / max(count, 1.0)
+    return found

@@ -1,0 +1,191 @@
+"""From a trained objective to a folder that other tools load.
+
+The folder's top is in the ecosystem's own layout (timm for pictures, transformers for text); what only
+headwater needs lies in `headwater/`: the whole objective for continued pre-training, the recipe, and a few
+golden inputs and outputs that are compared whenever an export is checked.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data.errors import UserError
+from data.files import sha256, sync_folder, write_atomically
+from data.loader import sequential
+from pretrain.build import Datasets
+from pretrain.card import model_card
+from pretrain.encoders.text import TextConfig
+from pretrain.encoders.vision import VisionConfig, eval_view, timm_arguments
+from pretrain.recipe import Recipe
+from pretrain.state import TrainingState
+
+FORMAT = 1
+TOLERANCE = 1e-4
+"""Largest difference from the golden outputs that a reload may show, relative to their largest value."""
+_GOLDEN = 4
+
+
+def export(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> dict[str, Any]:
+    """Write the export of a training state to `out` (replaced if it exists), load it back and compare.
+
+    Returns:
+        The contents of `headwater/export.json`.
+
+    Raises:
+        UserError: the reloaded encoder does not give the same outputs.
+    """
+    temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / "headwater").mkdir(parents=True)
+    try:
+        about = _write(recipe, state, data, temporary)
+        check(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(temporary, out)
+    sync_folder(out.parent)
+    return about
+
+
+def check(folder: Path) -> None:
+    """Load an export with the library whose layout it has and compare with the golden outputs.
+
+    Raises:
+        UserError: a file does not match its checksum, or the outputs differ by more than `TOLERANCE`.
+    """
+    about = read_about(folder)
+    for name, digest in about["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is missing or has changed since it was exported; export the run again")
+    golden = load_file(folder / "headwater" / "golden.safetensors")
+    outputs = _foreign_outputs(folder, about["kind"], golden)
+    worst = (outputs - golden["outputs"]).abs().max().item()
+    if not worst <= TOLERANCE * max(1.0, golden["outputs"].abs().max().item()):
+        raise UserError(f"{folder} fails its self-test: outputs differ from the golden ones by {worst:.2g}")
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """`headwater/export.json` of an export; raises `UserError` when the folder is none."""
+    path = folder / "headwater" / "export.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is no headwater export: {path} is missing")
+    try:
+        about = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); export the run again") from None
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder} is of export format {about.get('format')}; this version reads {FORMAT}")
+    return about
+
+
+def _write(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> dict[str, Any]:
+    encoder = copy.deepcopy(state.encoder()).cpu().float().eval()
+    if isinstance(recipe.encoder, VisionConfig):
+        kind, facts = "images", _write_vision(recipe.encoder, encoder, data, recipe.data.canvas, out)
+    else:
+        assert isinstance(recipe.encoder, TextConfig)
+        kind, facts = "text", _write_text(recipe.encoder, state, encoder, data, out)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state.objective.state_dict().items()}
+    save_file(weights, out / "headwater" / "objective.safetensors")
+    about = {
+        "format": FORMAT,
+        "kind": kind,
+        "objective": recipe.objective.name,
+        "step": state.step,
+        "samples": state.position,
+        **facts,
+        "dataset": {"fingerprint": data.train.fingerprint, "classes": data.train.classes, "size": len(data.train)},
+        "headwater": _version(),
+        "recipe": recipe.model_dump(mode="json"),
+    }
+    write_atomically(out / "README.md", model_card(recipe, about))
+    files = sorted(path for path in out.rglob("*") if path.is_file() and path.name != "README.md")
+    about["files"] = {str(path.relative_to(out)): sha256(path) for path in files}
+    write_atomically(out / "headwater" / "export.json", json.dumps(about, indent=1))
+    return about
+
+
+@torch.no_grad()
+def _write_vision(
+    config: VisionConfig, encoder: nn.Module, data: Datasets, canvas: int, out: Path
+) -> dict[str, Any]:
+    save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, out / "model.safetensors")
+    width = int(encoder.num_features)  # type: ignore[arg-type]
+    size = config.image_size
+    timm_config = {
+        "architecture": config.model,
+        "num_classes": 0,
+        "num_features": width,
+        "global_pool": config.pool,
+        "model_args": timm_arguments(config),
+        "pretrained_cfg": {
+            "tag": "headwater",
+            "custom_load": False,
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": config.interpolation,
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": encoder.pretrained_cfg.get("first_conv"),  # type: ignore[union-attr]
+            "classifier": encoder.pretrained_cfg.get("classifier"),  # type: ignore[union-attr]
+        },
+    }
+    write_atomically(out / "config.json", json.dumps(timm_config, indent=1))
+    batch = next(sequential(data.train, _GOLDEN, canvas=canvas, ids=data.train.all_ids()[:_GOLDEN]))
+    images = eval_view(batch, config)
+    _save_golden(images, encoder(images), out)
+    return {
+        "features": width,
+        "image_size": size,
+        "canvas": canvas,
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "interpolation": config.interpolation,
+    }
+
+
+@torch.no_grad()
+def _write_text(
+    config: TextConfig, state: TrainingState, encoder: nn.Module, data: Datasets, out: Path
+) -> dict[str, Any]:
+    raise AssertionError
+
+
+def _save_golden(inputs: Tensor, outputs: Tensor, out: Path) -> None:
+    golden = {"inputs": inputs.contiguous(), "outputs": outputs.float().contiguous()}
+    save_file(golden, out / "headwater" / "golden.safetensors")
+
+
+@torch.no_grad()
+def _foreign_outputs(folder: Path, kind: str, golden: dict[str, Tensor]) -> Tensor:
+    if kind == "images":
+        import timm
+
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return model(golden["inputs"])
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()(golden["inputs"]).logits.float()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("headwater")
+    except metadata.PackageNotFoundError:
+        return "unknown"

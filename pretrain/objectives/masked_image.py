@@ -1,0 +1,171 @@
+"""Masked image modelling: MAE (He et al., "Masked autoencoders are scalable vision learners", CVPR 2022).
+
+Most patches are hidden; a ViT encodes the visible ones alone; a narrow decoder gets these, mask tokens
+in the place of the others, and predicts the hidden patches' pixels, normalised patch by patch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from einops import rearrange, repeat
+from pydantic import BaseModel, ConfigDict, Field
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from data.batch import ImageBatch, TextBatch
+from data.errors import UserError
+from data.keyed import permutation
+from pretrain.encoders.vision import VisionConfig, build_vision, eval_view, sincos_positions
+from pretrain.objectives.protocol import Objective, Output
+from pretrain.views import crop_resize, flips, normalize, random_resized_crop_boxes
+
+
+class MAEConfig(BaseModel):
+    """MAE's hyperparameters; the defaults are the paper's (section 3 and table 8)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["mae"] = "mae"
+    mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
+    """Share of patches hidden from the encoder (section 3)."""
+    decoder_width: int = 512
+    """Width of the decoder (table 1b)."""
+    decoder_depth: int = 8
+    """Blocks of the decoder (table 1a)."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    normalize_targets: bool = True
+    """Predict pixels normalised by their patch's mean and variance (table 1d)."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop as a share of the picture (table 1e: random size)."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Its aspect, width over height."""
+    flip: float = 0.5
+    """Probability of a mirrored view."""
+
+
+class MaskedAutoencoder(Objective):
+    """MAE over any timm `VisionTransformer`."""
+
+    encoder: VisionTransformer
+
+    def __init__(self, config: MAEConfig, vision: VisionConfig) -> None:
+        """Raises `UserError` when the encoder is no ViT, or no patch would be hidden or visible."""
+        super().__init__()
+        self.config, self.vision = config, vision
+        encoder = build_vision(vision)
+        if not isinstance(encoder, VisionTransformer):
+            raise UserError(f"mae needs a ViT, but encoder.model {vision.model} is a {type(encoder).__name__}")
+        self.encoder = encoder
+        rows, columns = encoder.patch_embed.grid_size
+        self.patches = rows * columns
+        self.patch = vision.image_size // rows
+        self.visible = round(self.patches * (1 - config.mask_ratio))
+        if not 0 < self.visible < self.patches:
+            raise UserError(
+                f"objective.mask_ratio {config.mask_ratio} leaves {self.visible} of {self.patches} patches visible"
+            )
+        width = config.decoder_width
+        self.decoder_embed = nn.Linear(encoder.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_positions", sincos_positions(width, rows, columns)[None])
+        self.decoder = nn.Sequential(
+            *(Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth))
+        )
+        self.decoder_norm = nn.LayerNorm(width)
+        self.decoder_head = nn.Linear(width, 3 * self.patch**2)
+        self._initialise()
+
+    def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
+        """The squared error of the hidden patches, a mean over each patch's pixels (section 3)."""
+        assert isinstance(batch, ImageBatch)
+        images = self.view(batch)
+        order = permutation(batch.keys, "mask", self.patches)
+        predicted = self.decode(self.encode(images, order), order)
+        error = (predicted.float() - self._hidden(self.targets(images), order)).square().mean(dim=-1)
+        count = torch.tensor(float(error.numel()), device=error.device)
+        return Output(loss_sum=error.sum(), target_count=count)
+
+    def view(self, batch: ImageBatch) -> Tensor:
+        """Random resized crop and flip in training, the central square otherwise: float32 (b, 3, s, s)."""
+        if not self.training:
+            return eval_view(batch, self.vision)
+        config = self.config
+        boxes = random_resized_crop_boxes(batch.keys, batch.sizes, config.crop_scale, config.crop_ratio)
+        mirrored = flips(batch.keys, config.flip)
+        size = self.vision.image_size
+        images = crop_resize(batch.images, boxes, size, mirrored, self.vision.interpolation)
+        return normalize(images, self.vision.mean, self.vision.std)
+
+    def encode(self, images: Tensor, order: Tensor) -> Tensor:
+        """Prefix tokens and the visible patches, encoded: (b, prefix + visible, d).
+
+        `order` int64 (b, patches) is a permutation; its first `visible` entries are the patches that stay.
+        """
+        encoder, prefix = self.encoder, self.encoder.num_prefix_tokens
+        tokens = encoder._pos_embed(encoder.patch_embed(images))
+        kept = repeat(order[:, : self.visible] + prefix, "b n -> b n d", d=tokens.shape[-1])
+        tokens = torch.cat([tokens[:, :prefix], tokens.gather(1, kept)], dim=1)
+        return encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
+
+    def decode(self, encoded: Tensor, order: Tensor) -> Tensor:
+        """Predicted pixels of the hidden patches, in `order`: (b, hidden, 3 * patch**2)."""
+        tokens = self.decoder_embed(encoded)
+        prefix = tokens.shape[1] - self.visible
+        hidden = self.patches - self.visible
+        masks = self.mask_token.to(tokens.dtype).expand(len(tokens), hidden, -1)
+        # Attention does not mind the order, so patches stay permuted and only their positions follow.
+        places = self.decoder_positions.expand(len(tokens), -1, -1)
+        places = places.gather(1, repeat(order, "b n -> b n d", d=places.shape[-1])).to(tokens.dtype)
+        patches = torch.cat([tokens[:, prefix:], masks], dim=1) + places
+        decoded = self.decoder(torch.cat([tokens[:, :prefix], patches], dim=1))
+        return self.decoder_head(self.decoder_norm(decoded[:, -hidden:]))
+
+    def targets(self, images: Tensor) -> Tensor:
+        """What to predict of each patch: float32 (b, patches, 3 * patch**2)."""
+        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        if not self.config.normalize_targets:
+            return pixels
+        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+        return (pixels - mean) / (variance + 1e-6).sqrt()
+
+    def _hidden(self, patches: Tensor, order: Tensor) -> Tensor:
+        return patches.gather(1, repeat(order[:, self.visible :], "b n -> b n d", d=patches.shape[-1]))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """For looking at: pictures, the same with hidden patches grey, and with predictions in their place.
+
+        Each float32 (b, 3, s, s) in [0, 1]; predictions are rescaled by the true patch's mean and variance.
+        """
+        images = eval_view(batch, self.vision)
+        order = permutation(batch.keys, "mask", self.patches)
+        predicted = self.decode(self.encode(images, order), order).float()
+        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        if self.config.normalize_targets:
+            variance, mean = torch.var_mean(self._hidden(pixels, order), dim=-1, keepdim=True)
+            predicted = predicted * (variance + 1e-6).sqrt() + mean
+        where = repeat(order[:, self.visible :], "b n -> b n d", d=pixels.shape[-1])
+        masked, filled = pixels.scatter(1, where, 0.0), pixels.scatter(1, where, predicted)
+        return self._picture(pixels), self._picture(masked), self._picture(filled)
+
+    def _picture(self, patches: Tensor) -> Tensor:
+        side = self.vision.image_size // self.patch
+        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch)
+        mean = torch.tensor(self.vision.mean, device=images.device)[:, None, None]
+        return (images * torch.tensor(self.vision.std, device=images.device)[:, None, None] + mean).clamp(0, 1)
+
+    def _initialise(self) -> None:
+        """As the reference implementation: Xavier for matrices, 0.02 for tokens."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        weight = self.encoder.patch_embed.proj.weight
+        nn.init.xavier_uniform_(rearrange(weight, "d c p q -> d (c p q)"))
+        for token in (self.mask_token, self.encoder.cls_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)

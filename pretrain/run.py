@@ -1,0 +1,85 @@
+"""The run folder: what a run leaves on disk, made once by the main process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.files import write_atomically
+from pretrain.recipe import Recipe
+
+_PACKAGES = ("torch", "torchvision", "accelerate", "timm", "transformers", "lightly", "webdataset", "numpy")
+
+
+class RunFolder:
+    """Paths and records of one run; only the main process writes."""
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    def begin(self, recipe: Recipe, step: int) -> None:
+        """Describe the run and cut metrics back to `step`, where it starts or goes on."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        write_atomically(self.path / "recipe.yaml", text)
+        write_atomically(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+        write_atomically(self.path / "environment.json", json.dumps(_environment(), indent=1))
+        self._cut_metrics(step)
+        self.status("running", step=step)
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Say in status.json that the run is running, finished or failed."""
+        if self.writes:
+            record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | facts
+            write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        if self.writes:
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def _cut_metrics(self, step: int) -> None:
+        if not self.metrics.exists():
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The objects of metrics.jsonl; a last line that a crash cut short is passed over."""
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def _environment() -> dict[str, Any]:
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processors": os.cpu_count(),
+        "packages": versions,
+    }
