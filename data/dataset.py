@@ -34,10 +34,15 @@ class ShardedDataset:
     fills no row is not used).
     """
 
-    def __init__(self, source: str | Path | Sequence[str | Path], *, context: int | None = None) -> None:
-        """Raises `UserError` when something is missing, damaged, or has changed since it was indexed."""
+    def __init__(
+        self, source: str | Path | Sequence[str | Path], *, context: int | None = None, kind: str | None = None
+    ) -> None:
+        """Raises `UserError` when something is missing, damaged, of another `kind` than asked for, or has
+        changed since it was indexed."""
         self.manifest, self.paths = _open(source)
         self.kind: str = self.manifest["kind"]
+        if kind is not None and self.kind != kind:
+            raise UserError(f"{source} holds {self.kind}, where {kind} should be; give another folder of shards")
         self.classes: list[str] = self.manifest.get("classes", [])
         self.fingerprint: str = self.manifest["fingerprint"]
         self.folder = self.paths[0].parent

@@ -15,8 +15,8 @@ from data.errors import UserError
 DocumentUnit = Literal["file", "line", "paragraph"]
 JSON_LINES = (".jsonl", ".ndjson")
 _NAMES = (
-    "txt text md markdown rst tex org adoc html xml csv tsv json yaml yml toml ini cfg py pyi c h cc cpp hpp cu "
-    "rs go java kt scala js jsx ts tsx css rb php pl lua r jl hs ml swift cs sh sql srt vtt log"
+    "txt text md markdown rst tex org adoc html xml csv tsv json yaml yml toml ini cfg py pyi c h cc cpp "
+    "hpp cu rs go java kt scala js jsx ts tsx css rb php pl lua r jl hs ml swift cs sh sql srt vtt log"
 )
 TEXT_SUFFIXES = frozenset("." + name for name in _NAMES.split())
 """What counts as text inside a folder; a file named outright is read whatever its suffix."""

@@ -10,7 +10,7 @@ import torch
 from data.dataset import ShardedDataset
 from data.errors import UserError
 from data.shards import MANIFEST
-from pretrain.encoders.text import TextConfig
+from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.masked_image import MAEConfig, MaskedAutoencoder
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
@@ -34,44 +34,41 @@ def build_objective(recipe: Recipe) -> Objective:
             return MaskedAutoencoder(recipe.objective, recipe.encoder)
         assert isinstance(recipe.objective, NextTokenConfig)
         assert isinstance(recipe.encoder, TextConfig)
-        return NextToken(recipe.objective, recipe.encoder)
+        return NextToken(TextEncoder(recipe.encoder), recipe.objective)
 
 
 def open_data(recipe: Recipe) -> Datasets:
     """Open the recipe's shards; raises `UserError` when they do not fit the encoder."""
     if recipe.data.train is None:
         raise UserError(f"recipe {recipe.name} names no data; add data.train=FOLDER_OF_SHARDS")
-    kind = "text" if isinstance(recipe.encoder, TextConfig) else "images"
-    context = recipe.data.context if kind == "text" else None
-    train = _open(recipe.data.train, context, kind)
-    if isinstance(recipe.encoder, TextConfig):
-        _check_text(train, recipe.encoder, recipe.data.context)
+    context = recipe.encoder.context if isinstance(recipe.encoder, TextConfig) else None
+    train = _open(recipe.data.train, context)
     validation = recipe.data.validation
     if isinstance(validation, float | int):
         train, held_out = train.split(float(validation))
         return Datasets(train, held_out)
-    if validation is None and kind == "text" and (train.folder / "validation" / MANIFEST).exists():
+    if validation is None and context and (train.folder / "validation" / MANIFEST).exists():
         validation = str(train.folder / "validation")
-    return Datasets(train, _open(validation, context, kind) if validation else None)
+    return Datasets(train, _open(validation, context) if validation else None)
 
 
-def _open(source: str, context: int | None, kind: str) -> ShardedDataset:
-    dataset = ShardedDataset(source, context=context if context else _context_of(source))
-    if dataset.kind != kind:
-        raise UserError(f"{source} holds {dataset.kind}, but the recipe's encoder reads {kind}")
-    return dataset
+def resolve(recipe: Recipe, data: Datasets) -> Recipe:
+    """The recipe with what only the data can tell: the size of the vocabulary, where it was left open.
 
-
-def _context_of(source: str) -> int | None:
-    """Any context lets text shards be opened far enough to say that pictures were wanted."""
-    manifest = Path(source).expanduser() / MANIFEST
-    return 1 if manifest.is_file() and '"kind": "text"' in manifest.read_text()[:4096] else None
-
-
-def _check_text(dataset: ShardedDataset, encoder: TextConfig, context: int) -> None:
-    vocabulary = dataset.manifest["vocab_size"]
-    if vocabulary > encoder.vocab_size:
+    Raises:
+        UserError: the tokenizer of the data has more ids than the encoder has embeddings.
+    """
+    if not isinstance(recipe.encoder, TextConfig):
+        return recipe
+    known, given = data.train.manifest["vocab_size"], recipe.encoder.vocab_size
+    if given and given < known:
         raise UserError(
-            f"{dataset.folder} uses {vocabulary} token ids, more than encoder.vocab_size {encoder.vocab_size}; "
-            f"set encoder.vocab_size={vocabulary}"
+            f"{data.train.folder} uses {known} token ids, more than encoder.vocab_size={given}; "
+            f"set encoder.vocab_size={known} or leave it out"
         )
+    facts = {"vocab_size": given or known, "pad_token": data.train.manifest["pad"]}
+    return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update=facts)})
+
+
+def _open(source: str, context: int | None) -> ShardedDataset:
+    return ShardedDataset(source, context=context, kind="text" if context else "images")

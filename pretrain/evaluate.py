@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from data.keyed import hash64
 from data.loader import sequential
@@ -51,19 +52,18 @@ def _held_out_loss(
     mine = ids[accelerator.process_index :: accelerator.num_processes]
     size = recipe.train.microbatch or max(1, recipe.train.batch_size // accelerator.num_processes)
     state.objective.eval()
-    totals, names = torch.zeros(2, dtype=torch.float64, device=accelerator.device), None
+    totals: dict[str, float] = {"loss": 0.0, "count": 0.0}
     for batch in sequential(data.validation, size, canvas=recipe.data.canvas, ids=mine):
         output = state.objective(batch.to(accelerator.device), 1.0)
-        names = sorted(output.metrics)
-        values = [output.loss_sum, output.target_count] + [output.metrics[name] for name in names]
-        stacked = torch.stack([value.double() for value in values])
-        totals = stacked if len(totals) != len(stacked) else totals + stacked
+        values = {"loss": output.loss_sum, "count": output.target_count} | output.metrics
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
     state.objective.train()
-    totals = accelerator.reduce(totals, reduction="sum")
-    loss, count, *metrics = totals.tolist()
-    found = {"validation_loss": loss / max(count, 1.0)}
+    everyone = gather_object([totals])
+    names = sorted({name for each in everyone for name in each})
+    sums = {name: math.fsum(each.get(name, 0.0) for each in everyone) for name in names}
+    count = max(sums.pop("count"), 1.0)
+    found = {"validation_" + name: value / count for name, value in sums.items()}
     if recipe.encoder.kind == "text":
         found["validation_perplexity"] = math.exp(min(found["validation_loss"], 50.0))
-    for name, value in zip(names or [], metrics, strict=True):
-        found[f"validation_{name}"] = value / max(count, 1.0)
     return found

@@ -18,7 +18,7 @@ from data.keyed import hash64
 from data.loader import Loader
 from pretrain import checkpoint
 from pretrain.accelerator import make_accelerator, start_trackers
-from pretrain.build import Datasets, build_objective, open_data
+from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average, update_average
 from pretrain.evaluate import evaluate
 from pretrain.export import export
@@ -65,6 +65,7 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     """
     accelerator = make_accelerator(recipe, folder)
     data = open_data(recipe)
+    recipe = resolve(recipe, data)
     state, model = _prepare(recipe, accelerator)
     run = RunFolder(folder, writes=accelerator.is_main_process)
     start = _where_to_start(run, resume, accelerator)

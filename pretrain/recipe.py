@@ -32,8 +32,6 @@ class DataConfig(BaseModel):
     """Held-out shards, or a share of `train` (pictures only). Text shards bring their own by default."""
     canvas: int = 256
     """Side of the square that pictures are decoded onto, in pixels; larger ones are shrunk to fit."""
-    context: int = 256
-    """Tokens that a row of text advances."""
     workers: int = 2
     """Reading and decoding processes for each training process; cannot change what is trained."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 from torch import Tensor
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from pretrain.objectives.next_token import NextToken
 
 State = dict[str, Tensor]
-_EMBEDDING = "model.embeddings.tok_embeddings.weight"
 _ALWAYS = {
     "hidden_activation": "gelu",
     "classifier_activation": "gelu",
@@ -109,13 +109,11 @@ def from_decoder(folder: str | Path) -> tuple[TextConfig, State, State]:
     described, tensors = _read(folder)
     config = _text_config(described, folder)
     encoder: State = {}
-    head: State = {}
     try:
         for layer in range(config.depth):
-            prefix = f"layers.{layer}.attn."
-            parts = [tensors.pop(f"model.{prefix}{letter}_proj.weight") for letter in "qkv"]
-            encoder[f"{prefix}Wqkv.weight"] = parts[0].new_tensor(0).expand(0) if not parts else _joined(parts)
-        head["bias"] = tensors.pop("decoder.bias")
+            parts = [tensors.pop(f"model.layers.{layer}.attn.{letter}_proj.weight") for letter in "qkv"]
+            encoder[f"layers.{layer}.attn.Wqkv.weight"] = torch.cat(parts)
+        head = {"bias": tensors.pop("decoder.bias")}
     except KeyError as error:
         raise UserError(f"{folder}/model.safetensors lacks {error}; export the model again") from error
     tensors.pop("decoder.weight", None)
@@ -132,6 +130,101 @@ def _read(folder: Path) -> tuple[dict[str, Any], State]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}; give the folder of an export or a transformers checkpoint")
     try:
-        return json.loads((folder / "config.json").read_text()), safetensors.torch.load_file(folder / "model.safetensors")
+        described = json.loads((folder / "config.json").read_text())
+        return described, safetensors.torch.load_file(folder / "model.safetensors")
     except (json.JSONDecodeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged ({error}); export or download it again") from error
+
+
+def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
+    """Our configuration from theirs; what their file leaves out has the default of their class."""
+    if described.get("model_type") != "modernbert-decoder":
+        raise UserError(f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read")
+    for key, value in _ALWAYS.items():
+        if described.get(key, value) != value:
+            raise UserError(f"{folder}/config.json has {key}={described[key]!r}; only {value!r} can be read")
+    rope = described.get("rope_parameters") or {}
+    if any((part or {}).get("rope_type", "default") != "default" for part in rope.values()):
+        raise UserError(f"{folder}/config.json scales its rotary positions; only rope_type 'default' can be read")
+    far = (rope.get("full_attention") or {}).get("rope_theta", described.get("global_rope_theta", 160_000.0))
+    near = (rope.get("sliding_attention") or {}).get("rope_theta", described.get("local_rope_theta", 10_000.0))
+    every = described.get("global_attn_every_n_layers", 3)
+    kinds = described.get("layer_types")
+    if kinds is not None:
+        full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+        every = full[1] if len(full) > 1 else len(kinds)
+    config = TextConfig(
+        vocab_size=described.get("vocab_size", 50368),
+        width=described.get("hidden_size", 768),
+        depth=described.get("num_hidden_layers", 22),
+        heads=described.get("num_attention_heads", 12),
+        intermediate_size=described.get("intermediate_size", 1152),
+        context=described.get("max_position_embeddings", 8192),
+        rope_theta=far,
+        global_every=every,
+        local_attention=described.get("local_attention", 128),
+        norm_eps=described.get("norm_eps", 1e-5),
+        pad_token=described.get("pad_token_id", 50283),
+    )
+    local = [config.is_local(layer) for layer in range(config.depth)]
+    if kinds is not None and local != [kind == "sliding_attention" for kind in kinds]:
+        raise UserError(f"{folder}/config.json mixes local and global layers irregularly; only every n-th can be global")
+    return config.model_copy(update={"local_rope_theta": near}) if any(local) and near != far else config
+
+
+def tokenizer_files(tokenizer: Tokenizer, context: int, add_eos: bool = False) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` that `AutoTokenizer.from_pretrained` reads.
+
+    The loaded tokenizer puts `<|bos|>` in front of a text (and `<|eos|>` behind it with `add_eos`), and, like
+    ours, reads special tokens spelled out in a text as ordinary text (`split_special_tokens`).
+    """
+    special = special_ids(tokenizer)
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    behind = f" {EOS}" if add_eos else ""
+    copy.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A{behind}",
+        pair=f"{BOS} $A{behind} {BOS} $B{behind}",
+        special_tokens=[(BOS, special["bos"]), (EOS, special["eos"])],
+    )
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "cls_token": BOS,
+        "sep_token": EOS,
+        "mask_token": MASK,
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "split_special_tokens": True,
+    }
+    return {"tokenizer.json": copy.to_str(pretty=True).encode(), "tokenizer_config.json": _json(described)}
+
+
+def export_files(objective: NextToken, tokenizer: str | Path) -> dict[str, bytes]:
+    """Every file of a transformers folder for `AutoModelForCausalLM` and `AutoTokenizer`: name -> bytes.
+
+    `tokenizer` is the path of the dataset's tokenizer. Raises `UserError` where it does not fit the model.
+    """
+    config = objective.encoder.config
+    ours = load(tokenizer)
+    if ours.get_vocab_size() > config.vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer} has {ours.get_vocab_size()} tokens, the model {config.vocab_size}; "
+            "export with the tokenizer that the model was trained with"
+        )
+    special = special_ids(ours)
+    described, tensors = to_decoder(objective.state_dict(), config, special)
+    generation = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
+    return {
+        "config.json": _json(described),
+        "generation_config.json": _json(generation),
+        "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        **tokenizer_files(ours, config.context),
+    }
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

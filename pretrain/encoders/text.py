@@ -83,7 +83,7 @@ def positions(documents: Tensor) -> Tensor:
 def rotary(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines (b, 1, n, head_width / 2), float32, for positions (b, n)."""
     exponents = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
-    angles = rearrange(position, "b n -> b 1 n 1").float() / theta**exponents
+    angles = rearrange(position, "b n -> b 1 n 1").float() * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
