@@ -1,0 +1,128 @@
+"""A pre-trained encoder, as every strategy sees it: batches in, pooled features out."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import ImageBatch, TextBatch
+from data.errors import UserError
+from data.files import sha256
+
+Kind = Literal["images", "text"]
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training views of pictures differ; every draw comes from the samples' keys."""
+
+    scale: tuple[float, float] = (0.6, 1.0)
+    """Share of the picture's area that a crop covers."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of a crop, width over height."""
+    flip: float = 0.0
+    """Share of views mirrored left to right; 0.5 suits natural pictures, 0 digits and signs."""
+
+
+class Encoder(nn.Module, ABC):
+    """`forward(batch)` gives pooled features; the weights may be frozen or trained."""
+
+    kind: Kind
+    features: int
+    """Width of the pooled features."""
+    info: dict[str, Any]
+    """The export's `headwater/export.json`, `{}` for a folder made by another tool."""
+    folder: Path | None
+    """Where the weights came from; None for controls that have none."""
+
+    @abstractmethod
+    def inputs(self, batch: Any, augment: Augmentation | None = None) -> tuple[Tensor, ...]:
+        """What the network itself takes, from a batch on the network's device."""
+
+    @abstractmethod
+    def pool(self, *inputs: Tensor) -> Tensor:
+        """Pooled features (b, features) of what `inputs` returned."""
+
+    @abstractmethod
+    def layers(self) -> tuple[dict[str, int], int]:
+        """Depth of each parameter, 0 at the input, and the depth at which a head on top stands."""
+
+    @abstractmethod
+    def fresh(self, seed: int) -> Encoder:
+        """The same architecture with untrained weights; see `fresh`."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write the encoder, with the weights as they are now, in the layout of the export it came from."""
+
+    def forward(self, batch: ImageBatch | TextBatch, augment: Augmentation | None = None) -> Tensor:
+        """Pooled features: (b, features). `augment` draws keyed views of pictures; text has none."""
+        return self.pool(*self.inputs(batch, augment))
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of two or more dimensions that decay would harm, such as position embeddings."""
+        return set()
+
+
+def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
+    """Open an export of ours, or a folder in timm's layout, with its trained weights.
+
+    Args:
+        source: the folder.
+        pooling: of a text encoder's tokens: `mean` over the real ones (the default) or the `last` one.
+
+    Raises:
+        UserError: the folder is missing, is no encoder, or its weights do not fit its architecture.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"encoder {folder} is not a folder; give an export (`headwater export RUN OUT`)")
+    config, info = _json(folder / "config.json"), _json(folder / "headwater" / "export.json", {})
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} has no model.safetensors; only safetensors weights are read")
+    for name, digest in info.get("files", {}).items():
+        if name in ("config.json", "model.safetensors", "tokenizer.json") and sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} has changed since it was exported; export the run again")
+    if "architecture" in config:
+        from finetune.image_encoder import ImageEncoder
+
+        return ImageEncoder.load(folder, info)
+    if "model_type" in config:
+        from finetune.text_encoder import DocumentEncoder
+
+        return DocumentEncoder.load(folder, info, pooling or "mean")
+    raise UserError(
+        f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type"
+    )
+
+
+def fresh(encoder: Encoder, seed: int) -> Encoder:
+    """The same architecture with untrained weights: the control that shows what pre-training gave.
+
+    Depends on `seed` alone and leaves the process-wide random state as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return encoder.fresh(seed)
+
+
+def _json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file; `default` where there is no file."""
+    if not path.is_file():
+        if default is not None:
+            return default
+        raise UserError(f"{path} is missing; an encoder's folder holds config.json and model.safetensors")
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no JSON ({error}); export the encoder again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; export the encoder again")
+    return content

@@ -1,0 +1,136 @@
+"""A fine-tuned model: an encoder, a head and the names of its classes; and its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data.errors import UserError
+from data.files import sha256, sync_folder
+from finetune.encoder import Encoder, load_encoder
+from finetune.features import accelerator_for, extract
+from finetune.heads import LinearHead, NeighbourHead
+from finetune.samples import Samples
+from finetune.settings import Settings
+
+FORMAT = 1
+Head = LinearHead | NeighbourHead
+
+
+@dataclass
+class TaskModel:
+    """Predicts one of `classes`."""
+
+    encoder: Encoder
+    head: Head
+    classes: list[str]
+    about: dict[str, Any] = field(default_factory=dict)
+    """Free facts kept in task.json: strategy, seed, what was chosen, the export it came from."""
+
+    def probabilities(self, samples: Samples, settings: Settings | None = None) -> Tensor:
+        """float32 (n, classes) on the CPU, rows sum to 1."""
+        settings = settings or Settings()
+        return self.from_features(extract(self.encoder, samples, settings, accelerator_for(settings)))
+
+    @torch.no_grad()
+    def from_features(self, features: Tensor) -> Tensor:
+        """The same from pooled features (n, d) on the CPU."""
+        return self.head.cpu().probabilities(features)
+
+    def save(self, folder: Path) -> None:
+        """Write `task.json`, `head.safetensors` and `encoder/` (an export with these weights)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_encoder(self.encoder, folder / "encoder")
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.head.state_dict().items()}
+        save_file(tensors, folder / "head.safetensors")
+        pooling = {"pooling": self.encoder.pooling} if self.encoder.kind == "text" else {}
+        task = {
+            "format": FORMAT,
+            "task": "classification",
+            "kind": self.encoder.kind,
+            "classes": self.classes,
+        }
+        text = json.dumps(
+            task | pooling | {"head": _describe(self.head)} | self.about, indent=1, ensure_ascii=False
+        )
+        (folder / "task.json").write_text(text)
+
+
+def load_model(folder: str | Path) -> TaskModel:
+    """A model from the folder that `headwater finetune` wrote; raises `UserError` when it is not one."""
+    path = Path(folder).expanduser()
+    try:
+        task = json.loads((path / "task.json").read_text())
+        if task["format"] != FORMAT:
+            raise UserError(f"{path} is a model of format {task['format']}; this version reads {FORMAT}")
+        encoder = load_encoder(path / "encoder", task.get("pooling"))
+        tensors = load_file(path / "head.safetensors")
+        head = _head(task["head"], tensors, len(task["classes"]))
+        head.load_state_dict(tensors)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is no fine-tuned model: {Path(error.filename).name} is missing") from None
+    except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the model in {path} is damaged ({error}); fine-tune again") from None
+    known = ("format", "task", "kind", "classes", "head", "pooling")
+    about = {name: value for name, value in task.items() if name not in known}
+    return TaskModel(encoder.eval(), head.eval(), task["classes"], about)
+
+
+def save_encoder(encoder: Encoder, folder: Path) -> None:
+    """An export with the encoder's present weights; what described the old ones (card, heads) is left out."""
+    encoder.save(folder)
+    if encoder.info:
+        files = {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+        (folder / "headwater").mkdir(exist_ok=True)
+        text = json.dumps(encoder.info | {"files": files}, indent=1)
+        (folder / "headwater" / "export.json").write_text(text)
+
+
+def claim(output: Path, overwrite: bool) -> Path:
+    """A hidden folder beside `output` to write into; raises `UserError` when `output` is taken."""
+    if output.exists() and not overwrite and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output} already exists; remove it, choose another folder, or pass --overwrite")
+    hidden = output.parent / f".{output.name}.{os.getpid()}.partial"
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir()
+    except OSError as error:
+        raise UserError(f"cannot write beside {output}: {error.strerror}; choose a folder you own") from None
+    return hidden
+
+
+def publish(hidden: Path, output: Path) -> None:
+    """Force the finished folder to disk and give it its name."""
+    for path in sorted(hidden.rglob("*")):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        else:
+            sync_folder(path)
+    if output.exists():
+        shutil.rmtree(output) if output.is_dir() else output.unlink()
+    os.replace(hidden, output)
+    sync_folder(output.parent)
+
+
+def _describe(head: Head) -> dict[str, Any]:
+    if isinstance(head, NeighbourHead):
+        return {"name": "neighbours", "k": head.k, "temperature": head.temperature}
+    return {"name": "linear", "layer_norm": isinstance(head.norm, torch.nn.LayerNorm)}
+
+
+def _head(about: dict[str, Any], tensors: dict[str, Tensor], classes: int) -> Head:
+    if about["name"] == "neighbours":
+        return NeighbourHead(tensors["bank"], tensors["labels"], classes, about["k"], about["temperature"])
+    return LinearHead(tensors["mean"].shape[0], classes, about["layer_norm"])

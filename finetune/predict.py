@@ -1,0 +1,212 @@
+"""Labels for new files: pictures, text files, lines from standard input."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.batch import ImageBatch
+from data.errors import UserError
+from data.files import write_atomically
+from data.images import UnreadableImage, decode
+from data.index import IMAGE_PARTS
+from finetune.features import accelerator_for
+from finetune.image_encoder import ImageEncoder
+from finetune.labelled_text import TEXT_COLUMNS
+from finetune.model import TaskModel
+from finetune.samples import canvas_for
+from finetune.settings import settings_from
+from finetune.text_encoder import DocumentEncoder
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prediction."""
+
+    input: str
+    """The file's path, or the text itself."""
+    label: str
+    """Name of the likeliest class."""
+    probability: float
+    """The model's probability of it, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What came out, and what could not be read."""
+
+    rows: list[Row]
+    skipped: list[tuple[str, str]]
+    """(file, reason) of the inputs left out."""
+
+
+def predict(model: TaskModel, inputs: Sequence[str | Path], **settings: Any) -> Predictions:
+    """Predict each input, in order.
+
+    For pictures, inputs are files and folders (searched to any depth). For text they are files (`.txt`:
+    each line is a text; `.tsv`, `.csv`, `.jsonl`: the text column), folders (each `.txt` file is one
+    text), `-` for the lines of standard input, or the texts themselves.
+
+    Raises:
+        UserError: an input that does not exist, or nothing to predict.
+    """
+    options = settings_from(settings)
+    encoder = model.encoder
+    accelerator = accelerator_for(options)
+    encoder.to(accelerator.device).eval()
+    rows: list[Row] = []
+    skipped: list[tuple[str, str]] = []
+    if isinstance(encoder, DocumentEncoder):
+        stream = _text_batches(encoder, list(_texts(inputs)))
+    else:
+        assert isinstance(encoder, ImageEncoder)
+        stream = _image_batches(list(_pictures(inputs)), encoder.image_size, skipped)
+    for names, batch in stream:
+        with torch.no_grad(), accelerator.autocast():
+            features = encoder(batch.to(accelerator.device))
+        best = model.from_features(features.float().cpu()).max(dim=1)
+        for name, value, place in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
+            rows.append(Row(name, model.classes[place], value))
+    return Predictions(rows, skipped)
+
+
+def write_rows(predictions: Predictions, path: Path) -> None:
+    """Write rows to a `.csv` or `.jsonl` file, atomically; raises `UserError` for another ending."""
+    rows = [row.__dict__ for row in predictions.rows]
+    if path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    elif path.suffix == ".csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, ["input", "label", "probability"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        text = buffer.getvalue()
+    else:
+        raise UserError(f"predictions are written as .csv or .jsonl, not to {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"folder {path.parent} does not exist; make it first")
+    write_atomically(path, text)
+
+
+def _pictures(inputs: Sequence[str | Path]) -> Iterator[Path]:
+    for given in inputs:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            found = [file for file in sorted(path.rglob("*")) if file.suffix[1:].lower() in IMAGE_PARTS]
+            if not found:
+                raise UserError(f"{path} holds no pictures ({', '.join(IMAGE_PARTS)})")
+            yield from found
+        elif path.is_file():
+            yield path
+        else:
+            raise UserError(f"{path} does not exist; give picture files or folders of them")
+
+
+def _image_batches(
+    paths: list[Path], size: int, skipped: list[tuple[str, str]]
+) -> Iterator[tuple[list[str], ImageBatch]]:
+    canvas = canvas_for(size)
+    for start in range(0, len(paths), _BATCH):
+        names, images, sizes = [], [], []
+        for path in paths[start : start + _BATCH]:
+            try:
+                pixels, (height, width) = decode(path.read_bytes(), canvas)
+            except (OSError, UnreadableImage) as error:
+                skipped.append((str(path), str(error)))
+                continue
+            names.append(str(path))
+            images.append(pixels)
+            sizes.append((height, width))
+        if names:
+            ids = torch.arange(len(names))
+            batch = ImageBatch(
+                images=torch.from_numpy(np.stack(images)),
+                sizes=torch.tensor(sizes),
+                labels=torch.full_like(ids, -1),
+                keys=ids,
+                ids=ids,
+            )
+            yield names, batch
+
+
+def _text_batches(encoder: DocumentEncoder, texts: list[str]) -> Iterator[tuple[list[str], Any]]:
+    if not texts:
+        raise UserError("there is no text to predict")
+    for start in range(0, len(texts), _BATCH):
+        part = texts[start : start + _BATCH]
+        ids = torch.arange(len(part))
+        yield part, encoder.batch(encoder.tokenize(part), ids, ids)
+
+
+def _texts(inputs: Sequence[str | Path]) -> Iterator[str]:
+    for given in inputs:
+        if str(given) == "-":
+            yield from _filled(sys.stdin.read().splitlines())
+            continue
+        path = Path(given).expanduser()
+        if _exists(path):
+            yield from _texts_of(path)
+        elif isinstance(given, Path) or path.suffix in (".txt", ".tsv", ".csv", ".jsonl"):
+            raise UserError(
+                f"{path} does not exist; give text files, '-' for standard input, or the texts themselves"
+            )
+        else:
+            yield given
+
+
+def _texts_of(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(path.rglob("*.txt"))
+        if not files:
+            raise UserError(f"{path} holds no .txt files")
+        for file in files:
+            yield _read(file).strip()
+    elif path.suffix in (".tsv", ".csv", ".jsonl"):
+        yield from _column(path)
+    else:
+        yield from _filled(_read(path).splitlines())
+
+
+def _column(path: Path) -> Iterator[str]:
+    """The text column of a table: the one whose header says so, or the first."""
+    lines = _filled(_read(path).splitlines())
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(lines, start=1):
+            try:
+                fields = {str(name).lower(): value for name, value in json.loads(line).items()}
+                yield next(str(fields[name]) for name in TEXT_COLUMNS if name in fields)
+            except (json.JSONDecodeError, AttributeError, StopIteration):
+                raise UserError(f"{path}, line {number} is no JSON object with the field 'text'") from None
+        return
+    rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split("\t") for line in lines]
+    header = [name.strip().lower() for name in rows[0]] if rows else []
+    named = next((header.index(name) for name in TEXT_COLUMNS if name in header), None)
+    for row in rows if named is None else rows[1:]:
+        yield row[named or 0]
+
+
+def _filled(lines: list[str]) -> list[str]:
+    return [line for line in lines if line.strip()]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8-sig", errors="replace")
+
+
+def _exists(path: Path) -> bool:
+    """Whether it does; a long sentence is no path, and asking the system about it fails."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,172 @@
+"""Fine-tune, judge on the test set, save: what `headwater finetune` and `headwater evaluate` do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.errors import UserError
+from finetune.encoder import Encoder, load_encoder
+from finetune.evidence import Score, score
+from finetune.features import accelerator_for, extract
+from finetune.model import TaskModel, claim, load_model, publish
+from finetune.results import FORMAT, describe_encoder, describe_task, seed_entry, summarize, write_results
+from finetune.samples import Ints
+from finetune.settings import Settings, Strategy, settings_from
+from finetune.splits import subset
+from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
+from finetune.tasks import Report, Task, load_task, load_test, settle
+
+
+def finetune(
+    source: str | Path | Encoder,
+    train: str | Path | Task,
+    test: str | Path | None = None,
+    *,
+    task: str = "classification",
+    strategy: str = "linear",
+    labels_per_class: int | None = None,
+    seeds: Sequence[int] = (0,),
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    report: Report = print,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Learn the task from few labels, once a seed, and judge every result on the same test set.
+
+    Args:
+        source: an export's folder, or an encoder already in memory (a control, for example).
+        train: labelled data, see `load_task`; or a task already loaded, for several calls in a row.
+        test: labelled data of the same classes; without it 20 % of the training data is held out.
+        strategy: `knn`, `linear`, `full` or `scratch`.
+        labels_per_class: the label budget; a seed draws the same labels whatever the strategy, and the
+            labels of a smaller budget are among those of a larger one. All labels without it.
+        output: a folder for `results.json` and the model of the first seed; nothing is saved without it.
+        settings: see `finetune.settings.Settings`.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        UserError: anything the caller can put right; nothing is left half-written.
+    """
+    chosen, options = strategy_from(strategy), settings_from(settings)
+    if task != "classification":
+        raise UserError(f"there is no task {task!r}; the task is 'classification'")
+    if not seeds or (labels_per_class is not None and labels_per_class < 1):
+        raise UserError("fine-tuning needs one seed or more and one label a class or more")
+    hidden = claim(Path(output), overwrite) if output is not None else None
+    try:
+        encoder = source if isinstance(source, Encoder) else load_encoder(source, options.pooling)
+        data = train if isinstance(train, Task) else load_task(train, test, encoder)
+        results, first = _study(encoder, data, chosen, labels_per_class, list(seeds), options, report)
+        if hidden is not None:
+            first.save(hidden)
+            write_results(hidden / "results.json", results)
+            publish(hidden, Path(output))  # type: ignore[arg-type]
+    finally:
+        if hidden is not None:
+            _remove(hidden)
+    return results
+
+
+def evaluate(
+    model: str | Path | TaskModel, test: str | Path, *, report: Report = print, **settings: Any
+) -> dict[str, Any]:
+    """Judge a saved model on labelled data: accuracy with its 95 % interval, macro-F1, seconds."""
+    options, started = settings_from(settings), time.perf_counter()
+    loaded = model if isinstance(model, TaskModel) else load_model(model)
+    samples, fingerprint = load_test(test, loaded.encoder, loaded.classes)
+    judged = score(loaded.probabilities(samples, options).numpy(), samples.labels)
+    report(_line("evaluate", judged, f"{len(samples):,} test samples"))
+    return {
+        "format": FORMAT,
+        "accuracy": judged.accuracy,
+        "interval": list(judged.interval),
+        "macro_f1": judged.macro_f1,
+        "seconds": round(time.perf_counter() - started, 3),
+        "test": {"samples": len(samples), "fingerprint": fingerprint},
+        "classes": loaded.classes,
+    }
+
+
+def _study(
+    encoder: Encoder,
+    task: Task,
+    strategy: Strategy,
+    budget: int | None,
+    seeds: list[int],
+    settings: Settings,
+    report: Report,
+) -> tuple[dict[str, Any], TaskModel]:
+    """Every seed's model fitted and judged; the results and the first seed's model."""
+    subsets = [subset(task.train.labels, budget, seed) for seed in seeds]
+    if task.held_out:
+        report(f"no test set given: {len(task.test):,} of the labelled samples are held out as one")
+    fit = _fitter(encoder, task, strategy, subsets, settings, report)
+    scores: list[Score] = []
+    entries: list[dict[str, Any]] = []
+    first: TaskModel | None = None
+    for seed, positions in zip(seeds, subsets, strict=True):
+        started = time.perf_counter()
+        model, probabilities = fit(seed, positions)
+        seconds = time.perf_counter() - started
+        scores.append(score(probabilities, task.test.labels))
+        entries.append(seed_entry(seed, len(positions), scores[-1], seconds, model.about["chosen"]))
+        report(_line(f"{strategy}, {len(positions):,} labels, seed {seed}", scores[-1], f"{seconds:.1f} s"))
+        if first is None:
+            model.about |= {"strategy": strategy, "seed": seed, "labels": len(positions)}
+            first = model
+    assert first is not None
+    head = {"format": FORMAT, "strategy": strategy, "labels_per_class": budget, "seeds": seeds}
+    results = head | summarize(scores, entries) | describe_task(task)
+    results |= {"encoder": describe_encoder(encoder), "settings": settings.model_dump(mode="json")}
+    first.about["encoder"] = results["encoder"]
+    return results, first
+
+
+_Fit = Callable[[int, Ints], tuple[TaskModel, np.ndarray]]
+
+
+def _fitter(
+    encoder: Encoder, task: Task, strategy: Strategy, subsets: list[Ints], settings: Settings, report: Report
+) -> _Fit:
+    """A function (seed, positions) -> model and its test probabilities; shares what seeds can share."""
+    accelerator = accelerator_for(settings)
+    needed = np.unique(np.concatenate(subsets))
+    pool = task.train.select(needed)
+    settle(pool, report)
+    settle(task.test, report)
+    labels = torch.from_numpy(pool.labels)
+    if strategy in FROZEN:
+        features = extract(encoder, pool, settings, accelerator)
+        judged = extract(encoder, task.test, settings, accelerator)
+
+    def fit(seed: int, positions: Ints) -> tuple[TaskModel, np.ndarray]:
+        rows = np.searchsorted(needed, positions)
+        if strategy in FROZEN:
+            known = torch.from_numpy(rows)
+            model = fit_frozen(
+                strategy, encoder, features[known], labels[known], task.classes, seed, settings
+            )
+            return model, model.from_features(judged).numpy()
+        model = fit_trained(strategy, encoder, pool.select(rows), task.classes, seed, settings, accelerator)
+        return model, model.probabilities(task.test, settings).numpy()
+
+    return fit
+
+
+def _line(name: str, judged: Score, rest: str) -> str:
+    low, high = (100 * bound for bound in judged.interval)
+    return f"{name}: accuracy {100 * judged.accuracy:.1f} % ({low:.1f} to {high:.1f}), {rest}"
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Labelled samples in memory (or, where they would not fit, on disk), addressed by position."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data.batch import ImageBatch, TextBatch
+from data.dataset import ShardedDataset
+from data.keyed import sample_keys
+from data.loader import sequential
+from finetune.text_encoder import DocumentEncoder
+
+Ints = NDArray[np.int64]
+_CHUNK = 256
+MEMORY_GIB = 2.0
+"""Decoded pictures above this stay on disk and are decoded again at each use."""
+
+
+def canvas_for(image_size: int) -> int:
+    """Side of the square that pictures are decoded onto, in pixels, for a network that sees `image_size`.
+
+    Twice as large, so that a crop of a picture that is not square keeps the detail the network can see.
+    """
+    return 2 * image_size
+
+
+class Samples(ABC):
+    """`n` labelled samples."""
+
+    labels: Ints
+    """(n,) class numbers."""
+    ids: Ints
+    """(n,) numbers in the dataset they come from: the roots of their random keys."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def batch(self, positions: Ints, keys: Tensor) -> Any:
+        """The samples at `positions` (b,), with the random `keys` (b,)."""
+
+    def select(self, positions: Ints) -> Self:
+        """The samples at `positions`, sharing memory."""
+        chosen = copy.copy(self)
+        chosen.labels, chosen.ids = self.labels[positions], self.ids[positions]
+        return chosen
+
+    def keys(self, seed: int, epochs: int | Ints, positions: Ints) -> Tensor:
+        """Random keys of samples in epochs: int64 (b,)."""
+        return torch.from_numpy(np.ascontiguousarray(sample_keys(seed, epochs, self.ids[positions])))
+
+    def batches(self, size: int) -> Iterator[tuple[Ints, Any]]:
+        """Every sample once, in batches that suit inference: (positions, batch)."""
+        for positions in np.split(self._order(), range(size, len(self), size)):
+            yield positions, self.batch(positions, self.keys(0, 0, positions))
+
+    def _order(self) -> Ints:
+        return np.arange(len(self), dtype=np.int64)
+
+
+class ImageSamples(Samples):
+    """Pictures of a sharded dataset, decoded once into memory if they fit."""
+
+    def __init__(self, dataset: ShardedDataset, ids: Ints, labels: Ints, canvas: int) -> None:
+        """`canvas` is the side in pixels that larger pictures are shrunk to."""
+        self.dataset, self.ids, self.labels, self.canvas = dataset, ids, labels, canvas
+        self._images: Tensor | None = None
+        self._sizes = torch.empty(0)
+        self._rows = np.empty(0, dtype=np.int64)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the pictures are decoded already."""
+        return self._images is not None
+
+    @property
+    def gibibytes(self) -> float:
+        """Memory that the decoded pictures take at most."""
+        return len(self) * 3 * self.canvas**2 / 2**30
+
+    def decode(self) -> None:
+        """Decode every picture into memory, on a canvas no larger than the largest needs."""
+        images = torch.empty(len(self), 3, self.canvas, self.canvas, dtype=torch.uint8)
+        sizes = torch.empty(len(self), 2, dtype=torch.int64)
+        start = 0
+        for part in sequential(self.dataset, _CHUNK, canvas=self.canvas, ids=self.ids):
+            images[start : start + len(part)] = part.images
+            sizes[start : start + len(part)] = part.sizes
+            start += len(part)
+        side = int(sizes.max())
+        self._images = images if side == self.canvas else images[:, :, :side, :side].clone()
+        self._sizes, self._rows = sizes, np.arange(len(self), dtype=np.int64)
+
+    def select(self, positions: Ints) -> Self:
+        chosen = super().select(positions)
+        chosen._rows = self._rows[positions] if self._images is not None else self._rows
+        return chosen
+
+    def batch(self, positions: Ints, keys: Tensor) -> ImageBatch:
+        ids = torch.from_numpy(self.ids[positions])
+        if self._images is None:
+            part = next(sequential(self.dataset, len(positions), canvas=self.canvas, ids=self.ids[positions]))
+            images, sizes = part.images, part.sizes
+        else:
+            rows = torch.from_numpy(self._rows[positions])
+            images, sizes = self._images[rows], self._sizes[rows]
+        labels = torch.from_numpy(self.labels[positions])
+        return ImageBatch(images=images, sizes=sizes, labels=labels, keys=keys, ids=ids)
+
+
+class TextSamples(Samples):
+    """Texts as rows of token ids."""
+
+    def __init__(self, rows: list[NDArray[np.int64]], labels: Ints, encoder: DocumentEncoder) -> None:
+        """`rows` come from `encoder.tokenize`."""
+        self.rows, self.labels, self.encoder = rows, labels, encoder
+        self.ids = np.arange(len(labels), dtype=np.int64)
+
+    def batch(self, positions: Ints, keys: Tensor) -> TextBatch:
+        ids = self.ids[positions]
+        return self.encoder.batch([self.rows[i] for i in ids], keys, torch.from_numpy(ids))
+
+    def _order(self) -> Ints:
+        """Short to long, so that a batch holds little padding."""
+        lengths = np.array([len(self.rows[i]) for i in self.ids])
+        return np.argsort(lengths, kind="stable").astype(np.int64)

@@ -1,0 +1,82 @@
+"""What can be set about fine-tuning."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.errors import UserError
+from finetune.encoder import Augmentation, Pooling
+
+Strategy = Literal["knn", "linear", "full", "scratch"]
+STRATEGIES: tuple[Strategy, ...] = ("knn", "linear", "full", "scratch")
+
+
+class Settings(BaseModel):
+    """Settings of all strategies; each reads its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Arithmetic of the encoder; weights and head stay in float32."""
+    cpu: bool = False
+    """Stay on the CPU where an accelerator is at hand."""
+    inference_batch: int = Field(256, ge=1)
+    """Samples a step when features are extracted."""
+    pooling: Pooling = "mean"
+    """Of a text encoder's tokens: their mean, or the last one, which alone has seen the whole text."""
+
+    k: int | None = Field(None, ge=1)
+    """knn: neighbours that vote; chosen by leave-one-out on the training labels where not given."""
+    temperature: float = Field(0.07, gt=0)
+    """knn: smaller gives near neighbours more weight (DINO's protocol)."""
+    strength: float | None = Field(None, gt=0)
+    """linear: inverse L2 penalty (scikit-learn's C); chosen on inner splits where not given."""
+
+    lr: float | None = Field(None, gt=0)
+    """full, scratch: peak learning rate of the head and, scaled down by depth, of the encoder.
+    Where not given, the best of a few on an inner split of the training labels."""
+    layer_decay: float = Field(0.75, gt=0, le=1)
+    """full: each layer learns this much slower than the one above it (BEiT, MAE appendix A.1)."""
+    weight_decay: float = Field(0.05, ge=0)
+    """full, scratch: AdamW's, on matrices only."""
+    batch_size: int = Field(32, ge=1)
+    """full, scratch: samples a step."""
+    epochs: float = Field(5.0, gt=0)
+    """full, scratch: passes over the labels, where that is more than `min_steps` steps."""
+    min_steps: int = Field(300, ge=1)
+    """full, scratch: few labels need many passes (Mosbach et al. 2021, section 6)."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """full, scratch: share of the steps over which the learning rate rises."""
+    clip: float = Field(1.0, gt=0)
+    """full, scratch: largest norm of the gradient."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """full, scratch: probability taken from the true class and spread over all."""
+    crop: tuple[float, float] | None = (0.6, 1.0)
+    """full, scratch on images: least and largest share of the picture a random crop covers; none without."""
+    flip: float = Field(0.0, ge=0, le=1)
+    """full, scratch on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
+
+    @property
+    def augmentation(self) -> Augmentation | None:
+        """Keyed views for training, or None for plain ones."""
+        if self.crop is None and not self.flip:
+            return None
+        return Augmentation(scale=self.crop or (1.0, 1.0), flip=self.flip)
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Validated settings; raises `UserError` with the nearest name for an unknown one."""
+    for name in values:
+        if name not in Settings.model_fields:
+            near = difflib.get_close_matches(name, Settings.model_fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(Settings.model_fields)}"
+            raise UserError(f"fine-tuning has no setting {name!r}; {hint}")
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {place}={first['input']!r} is not possible: {first['msg']}") from None

@@ -1,0 +1,73 @@
+"""The ways to use an encoder with few labels, cheap to dear: knn, linear, full; and scratch, the control."""
+
+from __future__ import annotations
+
+import copy
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.errors import UserError
+from finetune.encoder import Encoder, fresh
+from finetune.model import TaskModel
+from finetune.probe import fit_linear, fit_neighbours
+from finetune.samples import Samples
+from finetune.settings import STRATEGIES, Settings, Strategy
+from finetune.train import LEARNING_RATES, fit
+
+FROZEN: tuple[Strategy, ...] = ("knn", "linear")
+"""Strategies that read features and leave the encoder as it is."""
+
+
+def strategy_from(name: str) -> Strategy:
+    """A known strategy; raises `UserError` for any other name."""
+    for strategy in STRATEGIES:
+        if name == strategy:
+            return strategy
+    raise UserError(f"there is no strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+
+
+def fit_frozen(
+    strategy: Strategy,
+    encoder: Encoder,
+    features: Tensor,
+    labels: Tensor,
+    classes: list[str],
+    seed: int,
+    settings: Settings,
+) -> TaskModel:
+    """A head on features (n, d) of the frozen encoder; `about["chosen"]` says what was chosen."""
+    if strategy == "knn":
+        head, chosen = fit_neighbours(features, labels, len(classes), seed, settings.k, settings.temperature)
+        return TaskModel(encoder, head, classes, {"chosen": chosen})
+    linear, chosen = fit_linear(features, labels, len(classes), seed, settings.strength)
+    return TaskModel(encoder, linear, classes, {"chosen": chosen})
+
+
+def fit_trained(
+    strategy: Strategy,
+    encoder: Encoder,
+    samples: Samples,
+    classes: list[str],
+    seed: int,
+    settings: Settings,
+    accelerator: Accelerator,
+) -> TaskModel:
+    """Encoder and head trained together, from the encoder's weights (`full`) or untrained ones (`scratch`).
+
+    The given encoder stays as it is.
+    """
+    if not any(True for _ in encoder.parameters()):
+        raise UserError(f"an encoder without weights has nothing to train; strategy {strategy!r} needs some")
+    scratch = strategy == "scratch"
+    trained, head, chosen = fit(
+        (lambda: fresh(encoder, seed)) if scratch else (lambda: copy.deepcopy(encoder).requires_grad_(True)),
+        samples,
+        len(classes),
+        seed,
+        # From scratch no layer has anything to keep.
+        settings.model_copy(update={"layer_decay": 1.0}) if scratch else settings,
+        accelerator,
+        LEARNING_RATES[strategy],
+    )
+    return TaskModel(trained, head, classes, {"chosen": chosen})

@@ -1,0 +1,110 @@
+"""Encoders of text: our transformer, read from its ModernBERT layout, with its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.batch import TextBatch
+from data.errors import UserError
+from data.tokenizer import load, special_ids
+from finetune.encoder import Augmentation, Encoder, Pooling
+from pretrain.encoders.modernbert import State, from_decoder, to_decoder
+from pretrain.encoders.text import TextEncoder
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+class DocumentEncoder(Encoder):
+    """One vector a document, pooled over its tokens."""
+
+    kind = "text"
+    folder: Path
+
+    def __init__(
+        self, model: TextEncoder, folder: Path, info: dict[str, Any], pooling: Pooling, head: State
+    ) -> None:
+        """`head` is the state of the export's prediction head, kept so that `save` writes a whole decoder."""
+        super().__init__()
+        self.model, self.folder, self.info, self.pooling = model, folder, info, pooling
+        self.prediction_head = head
+        self.features = model.config.width
+        self.context = model.config.context
+        self.tokenizer = load(folder)
+        marks = special_ids(self.tokenizer)
+        self.bos, self.eos, self.pad = marks["bos"], marks["eos"], marks["pad"]
+
+    @classmethod
+    def load(cls, folder: Path, info: dict[str, Any], pooling: Pooling) -> Self:
+        """An export of ours. Raises `UserError` when it is of another layout or its weights do not fit."""
+        config, state, head = from_decoder(folder)
+        model = TextEncoder(config)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"{folder} does not load as a text encoder: {error}") from None
+        return cls(model, folder, info, pooling, head)
+
+    def tokenize(self, texts: list[str]) -> list[NDArray[np.int64]]:
+        """Token ids of each text between begin and end marks, as in pre-training; cut at the context."""
+        room = self.context - 2
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.array([self.bos, *e.ids[:room], self.eos], dtype=np.int64) for e in encodings]
+
+    def batch(self, rows: list[NDArray[np.int64]], keys: Tensor, ids: Tensor) -> TextBatch:
+        """Rows of token ids, padded on the right: documents are 0 on real tokens and 1 on padding."""
+        # Few distinct lengths keep allocators and compilers calm.
+        length = -(-max(len(row) for row in rows) // 8) * 8
+        tokens = torch.full((len(rows), length), self.pad)
+        documents = torch.ones_like(tokens)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = torch.from_numpy(row)
+            documents[i, : len(row)] = 0
+        return TextBatch(tokens=tokens, documents=documents, keys=keys, ids=ids)
+
+    def inputs(self, batch: TextBatch, augment: Augmentation | None = None) -> tuple[Tensor, ...]:
+        """Tokens and documents, both int64 (b, n); text is not augmented."""
+        return batch.tokens, batch.documents
+
+    def pool(self, *inputs: Tensor) -> Tensor:
+        tokens, documents = inputs
+        hidden = self.model(tokens, documents)
+        real = (documents == 0).to(hidden.dtype)
+        if self.pooling == "last":
+            last = rearrange(real.sum(dim=1).long() - 1, "b -> b 1 1").expand(-1, -1, hidden.shape[2])
+            return rearrange(hidden.gather(1, last), "b 1 d -> b d")
+        total = reduce(hidden * rearrange(real, "b n -> b n 1"), "b n d -> b d", "sum")
+        return total / reduce(real, "b n -> b 1", "sum")
+
+    def layers(self) -> tuple[dict[str, int], int]:
+        """Embeddings at 0, layer i at i + 1, the final norm with the last layer."""
+        found = {name: _LAYER.search(name) for name, _ in self.named_parameters()}
+        last = max(int(match[1]) for match in found.values() if match) + 1
+        depths = {name: int(match[1]) + 1 if match else last for name, match in found.items()}
+        return depths | {name: 0 for name in found if "embed" in name}, last + 1
+
+    def fresh(self, seed: int) -> DocumentEncoder:
+        model, info = TextEncoder(self.model.config), copy.deepcopy(self.info)
+        return DocumentEncoder(model, self.folder, info, self.pooling, self.prediction_head)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {f"encoder.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        state |= {f"head.{name}": tensor for name, tensor in self.prediction_head.items()}
+        config, tensors = to_decoder(state, self.model.config, special_ids(self.tokenizer))
+        (folder / "config.json").write_text(json.dumps(config, indent=1))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)

@@ -1,0 +1,96 @@
+"""Small encoders and data that the fine-tuning tests share."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from data.shards import DatasetWriter
+
+VIT = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "global_pool": "avg",
+    "fc_norm": False,
+}
+
+
+def write_encoder(folder: Path, seed: int = 0, **model_args: object) -> Path:
+    """A small untrained ViT in timm's layout, with an export's metadata."""
+    arguments = VIT | model_args
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **arguments)
+    folder.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    preset = {
+        "input_size": [3, 16, 16],
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "num_classes": 0,
+    }
+    preset |= {"mean": [0.5] * 3, "std": [0.5] * 3, "classifier": "head", "first_conv": "patch_embed.proj"}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "global_pool": "avg",
+        "model_args": arguments,
+        "pretrained_cfg": preset,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    about = {"format": 1, "kind": "images", "objective": "none", "step": 0, "features": model.num_features}
+    about |= {"mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 16, "interpolation": "bicubic"}
+    (folder / "headwater").mkdir()
+    (folder / "headwater" / "export.json").write_text(json.dumps(about))
+    return folder
+
+
+def write_images(folder: Path, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Path:
+    """Shards of grey uint8 images (n, height, width)."""
+    with DatasetWriter(folder, "images", samples_per_shard=500) as writer:
+        writer.extra = {"classes": classes}
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            payload = io.BytesIO()
+            Image.fromarray(image).convert("RGB").save(payload, "PNG")
+            writer.add(f"{i:06d}", {"png": payload.getvalue()}, label=int(label))
+    return folder
+
+
+def digits(shuffled: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits: uint8 (1797, 8, 8) and labels; `shuffled` takes the labels' meaning away."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    if shuffled:
+        labels = labels[np.random.Generator(np.random.Philox(3)).permutation(len(labels))]
+    return (images.reshape(-1, 8, 8) * 15.9).astype(np.uint8), labels.astype(np.int64)
+
+
+NAMES = [str(number) for number in range(10)]
+
+
+@pytest.fixture(scope="session")
+def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Training and test shards of the digits."""
+    images, labels = digits()
+    root = tmp_path_factory.mktemp("digits")
+    train = write_images(root / "train", images[:1200], labels[:1200], NAMES)
+    return train, write_images(root / "test", images[1200:], labels[1200:], NAMES)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder's folder."""
+    return write_encoder(tmp_path_factory.mktemp("encoder") / "export")
