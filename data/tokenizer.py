@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from data.errors import UserError
 
@@ -103,3 +103,35 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     for index, added in tokenizer.get_added_tokens_decoder().items():
         counts[index] = 0 if added.special else len(added.content.encode())
     return counts
+
+
+def tokenizer_files(tokenizer: Tokenizer, context: int, add_eos: bool = False) -> dict[str, bytes]:
+    """`tokenizer.json` and `tokenizer_config.json` that `AutoTokenizer.from_pretrained` reads.
+
+    The loaded tokenizer puts `<|bos|>` in front of a text (and `<|eos|>` behind it with `add_eos`), and, like
+    ours, reads special tokens spelled out in a text as ordinary text (`split_special_tokens`).
+    """
+    special = special_ids(tokenizer)
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    behind = f" {EOS}" if add_eos else ""
+    copy.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A{behind}",
+        pair=f"{BOS} $A{behind} {BOS} $B{behind}",
+        special_tokens=[(BOS, special["bos"]), (EOS, special["eos"])],
+    )
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "cls_token": BOS,
+        "sep_token": EOS,
+        "mask_token": MASK,
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+        "split_special_tokens": True,
+    }
+    text = json.dumps(described, indent=2) + "\n"
+    return {"tokenizer.json": copy.to_str(pretty=True).encode(), "tokenizer_config.json": text.encode()}

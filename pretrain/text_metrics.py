@@ -54,7 +54,7 @@ class KneserNeyBigram:
         self.vocab_size = vocab_size
 
     def fit(self, rows: Iterable[NDArray[np.integer]], bos: int) -> Self:
-        """Count the pairs in arrays of token ids (n,) or (b, n); a pair that ends in `bos` spans documents."""
+        """Count the pairs in arrays of token ids (n,) or (b, n), but for those that end in `bos`."""
         pairs = np.concatenate([self._pairs(row, bos) for row in rows])
         self.bos = bos
         self.codes, counts = np.unique(pairs, return_counts=True)

@@ -1,6 +1,6 @@
 """Between our text model and transformers' `ModernBertDecoder` folders.
 
-One set of weights, two spellings: ours is the encoder's (`Wqkv` in one matrix), the decoder splits q, k and v.
+One set of weights, two spellings: ours is the encoder's (one `Wqkv` matrix), the decoder splits q, k and v.
 `config.json` carries the rotary bases and the window under the keys of transformers 4.57 and of 5.x.
 
 What the foreign versions honour: local windows are right in both. transformers 4.57 takes the global rotary
@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from data.errors import UserError
-from data.tokenizer import BOS, EOS, MASK, PAD, load, special_ids
+from data.tokenizer import load, special_ids, tokenizer_files
 from pretrain.encoders.text import TextConfig
 
 if TYPE_CHECKING:
@@ -42,16 +41,21 @@ _ALWAYS = {
 """What the decoder's configuration must say for its layers to be ours."""
 
 
-def to_decoder(state: Mapping[str, Tensor], config: TextConfig, special: dict[str, int]) -> tuple[dict[str, Any], State]:
+def to_decoder(
+    state: Mapping[str, Tensor], config: TextConfig, special: dict[str, int]
+) -> tuple[dict[str, Any], State]:
     """`config.json` and tensors of a `ModernBertDecoderForCausalLM` with the logits of a `NextToken`.
 
     `state` is the objective's `state_dict()`, `special` the ids of `pad`, `bos`, `eos` and `mask`. Raises
     `UserError` for local layers with a rotary base of their own (see above).
     """
-    if any(map(config.is_local, range(config.depth))) and config.local_rope_theta not in (None, config.rope_theta):
+    if any(map(config.is_local, range(config.depth))) and config.local_rope_theta not in (
+        None,
+        config.rope_theta,
+    ):
         raise UserError(
-            f"local_rope_theta {config.local_rope_theta} differs from rope_theta {config.rope_theta}: transformers "
-            "4.57 would read such a decoder wrongly; leave local_rope_theta out of the recipe"
+            f"local_rope_theta {config.local_rope_theta} differs from rope_theta {config.rope_theta}: "
+            "transformers 4.57 would read such a decoder wrongly; leave local_rope_theta out of the recipe"
         )
     tensors: State = {}
     for name, tensor in state.items():
@@ -70,7 +74,9 @@ def to_decoder(state: Mapping[str, Tensor], config: TextConfig, special: dict[st
 
 
 def _decoder_config(config: TextConfig, special: dict[str, int]) -> dict[str, Any]:
-    kinds = ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.depth)]
+    kinds = [
+        "sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.depth)
+    ]
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "architectures": ["ModernBertDecoderForCausalLM"],
@@ -128,7 +134,9 @@ def from_decoder(folder: str | Path) -> tuple[TextConfig, State, State]:
 def _read(folder: Path) -> tuple[dict[str, Any], State]:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} has no {name}; give the folder of an export or a transformers checkpoint")
+            raise UserError(
+                f"{folder} has no {name}; give the folder of an export or a transformers checkpoint"
+            )
     try:
         described = json.loads((folder / "config.json").read_text())
         return described, safetensors.torch.load_file(folder / "model.safetensors")
@@ -139,15 +147,21 @@ def _read(folder: Path) -> tuple[dict[str, Any], State]:
 def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     """Our configuration from theirs; what their file leaves out has the default of their class."""
     if described.get("model_type") != "modernbert-decoder":
-        raise UserError(f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read")
+        raise UserError(
+            f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read"
+        )
     for key, value in _ALWAYS.items():
         if described.get(key, value) != value:
             raise UserError(f"{folder}/config.json has {key}={described[key]!r}; only {value!r} can be read")
     rope = described.get("rope_parameters") or {}
     if any((part or {}).get("rope_type", "default") != "default" for part in rope.values()):
-        raise UserError(f"{folder}/config.json scales its rotary positions; only rope_type 'default' can be read")
+        raise UserError(
+            f"{folder}/config.json scales its rotary positions; only rope_type 'default' can be read"
+        )
     far = (rope.get("full_attention") or {}).get("rope_theta", described.get("global_rope_theta", 160_000.0))
-    near = (rope.get("sliding_attention") or {}).get("rope_theta", described.get("local_rope_theta", 10_000.0))
+    near = (rope.get("sliding_attention") or {}).get(
+        "rope_theta", described.get("local_rope_theta", 10_000.0)
+    )
     every = described.get("global_attn_every_n_layers", 3)
     kinds = described.get("layer_types")
     if kinds is not None:
@@ -168,39 +182,10 @@ def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     )
     local = [config.is_local(layer) for layer in range(config.depth)]
     if kinds is not None and local != [kind == "sliding_attention" for kind in kinds]:
-        raise UserError(f"{folder}/config.json mixes local and global layers irregularly; only every n-th can be global")
+        raise UserError(
+            f"{folder}/config.json mixes local and global layers irregularly; only every n-th can be global"
+        )
     return config.model_copy(update={"local_rope_theta": near}) if any(local) and near != far else config
-
-
-def tokenizer_files(tokenizer: Tokenizer, context: int, add_eos: bool = False) -> dict[str, bytes]:
-    """`tokenizer.json` and `tokenizer_config.json` that `AutoTokenizer.from_pretrained` reads.
-
-    The loaded tokenizer puts `<|bos|>` in front of a text (and `<|eos|>` behind it with `add_eos`), and, like
-    ours, reads special tokens spelled out in a text as ordinary text (`split_special_tokens`).
-    """
-    special = special_ids(tokenizer)
-    copy = Tokenizer.from_str(tokenizer.to_str())
-    behind = f" {EOS}" if add_eos else ""
-    copy.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A{behind}",
-        pair=f"{BOS} $A{behind} {BOS} $B{behind}",
-        special_tokens=[(BOS, special["bos"]), (EOS, special["eos"])],
-    )
-    described = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "cls_token": BOS,
-        "sep_token": EOS,
-        "mask_token": MASK,
-        "model_max_length": context,
-        "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        "split_special_tokens": True,
-    }
-    return {"tokenizer.json": copy.to_str(pretty=True).encode(), "tokenizer_config.json": _json(described)}
 
 
 def export_files(objective: NextToken, tokenizer: str | Path) -> dict[str, bytes]:

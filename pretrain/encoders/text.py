@@ -1,4 +1,4 @@
-"""A transformer over token ids, laid out like ModernBERT (Warner et al. 2024), for both directions of reading.
+"""A transformer over token ids, laid out like ModernBERT (Warner et al. 2024), causal or not.
 
 Rotary positions, GeGLU, bias-free pre-norms, local and global attention, packed documents. Parameter names
 are those of transformers' `ModernBertModel`.
@@ -23,7 +23,7 @@ class TextConfig(BaseModel):
 
     kind: Literal["text"] = "text"
     vocab_size: int = Field(default=0, ge=0)
-    """Rows of the embedding; 0 stands for the size of the dataset's tokenizer, to be filled in before building."""
+    """Rows of the embedding; 0 stands for the size of the dataset's tokenizer (filled in before building)."""
     width: int = Field(default=256, ge=2)
     """Length of a token's hidden vector."""
     depth: int = Field(default=6, ge=1)
@@ -41,7 +41,7 @@ class TextConfig(BaseModel):
     global_every: int = Field(default=1, ge=1)
     """Layers 0, n, 2n, … see the whole document, the others a window; 1 makes every layer global."""
     local_attention: int = Field(default=128, ge=2)
-    """Window of local layers: up to half of it to either side; reading causally, half of it, itself included."""
+    """Window of local layers: up to half of it to either side; if causal, half of it, itself included."""
     norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the variance in layer norms."""
     pad_token: int = Field(default=0, ge=0)
@@ -182,7 +182,7 @@ class TextEncoder(nn.Module):
         theta = (config.local_rope_theta if local else None) or config.rope_theta
         position = index[None] if documents is None else positions(documents)
         cos, sin = rotary(position, config.width // config.heads, theta)
-        # The windows of transformers' two models: |i - j| <= half for the encoder, i - j < half for the decoder.
+        # The windows of transformers' models: |i - j| <= half for the encoder, i - j < half for the decoder.
         reach = config.local_attention // 2 - (1 if causal else 0)
         windowed = local and reach < n - 1
         if documents is None and not windowed:
@@ -203,7 +203,7 @@ def norm(config: TextConfig) -> nn.LayerNorm:
 
 
 def initialise(module: nn.Module, depth: int, std: float = 0.02) -> None:
-    """Truncated normals; matrices that write into the residual stream are smaller by sqrt(2 * depth) (GPT-2)."""
+    """Truncated normals; matrices into the residual stream are smaller by sqrt(2 * depth) (GPT-2)."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear | nn.Embedding):
             scale = std / math.sqrt(2 * depth) if name.endswith(("Wo", "dense")) else std

@@ -42,7 +42,7 @@ class NextToken(Objective):
         self.head = PredictionHead(encoder.config)
 
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
-        """Cross-entropy in nats, summed over the targets of rows of `n` tokens, the first of which is no target.
+        """Cross-entropy in nats, summed over all tokens of a row but its first.
 
         Not counted: the begin of a document (nothing before it tells what comes) and padding. So
         `target_count` depends on the data. Metrics: `accuracy`, and `z_loss` where it is on.

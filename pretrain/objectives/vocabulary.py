@@ -48,7 +48,7 @@ def token_loss(
     chunk: int,
     z_loss: float = 0.0,
 ) -> TokenLoss:
-    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, never holding more than `chunk` logit rows.
+    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, holding at most `chunk` rows of logits.
 
     Gradients are computed along with the loss, so that no logits are kept or made twice. Matrix products run
     in autocast's type where that is on; everything else in float32.
@@ -69,7 +69,9 @@ def token_loss(
 def token_nats(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Cross-entropy of each row in nats, float32 (r,); for evaluation. Shapes as in `token_loss`."""
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces])
+    return torch.cat(
+        [F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces]
+    )
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -97,7 +99,11 @@ class _TokenLoss(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
-                part, target, count = hidden[rows].to(product), targets[rows, None], counted[rows, None].float()
+                part, target, count = (
+                    hidden[rows].to(product),
+                    targets[rows, None],
+                    counted[rows, None].float(),
+                )
                 logits = torch.mm(part, compact.T).float().add_(bias.float())
                 top = logits.amax(dim=1, keepdim=True)
                 chosen = logits.gather(1, target)
@@ -119,9 +125,9 @@ class _TokenLoss(torch.autograd.Function):
                 grad_weight += torch.mm(slope.T, part)
         if with_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
-        loss, correct, z = sums.unbind()
+        loss, correct, z = (part.clone() for part in sums)
         ctx.mark_non_differentiable(correct, z)
-        return loss.clone(), correct.clone(), z.clone()
+        return loss, correct, z
 
     @staticmethod
     @once_differentiable
