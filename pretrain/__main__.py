@@ -14,7 +14,7 @@ from data.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `headwater pretrain` shares."""
     parser.add_argument("recipe", help="a YAML file, or the name of one of ours")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change, e.g. train.steps=1000")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change, e.g. train.steps=1000")
     parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME)")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="where to start (default: auto)")
     parser.add_argument("--dry-run", action="store_true", help="check recipe and data, say what would run, and stop")
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     main = int(os.environ.get("RANK", "0")) == 0
     try:
-        recipe = load_recipe(arguments.recipe, arguments.overrides)
+        recipe = load_recipe(arguments.recipe, arguments.settings)
         output = arguments.output or Path("runs") / recipe.name
         if arguments.dry_run:
             from pretrain.dry_run import estimate

@@ -22,17 +22,24 @@ from torch import Tensor, nn
 from data.errors import UserError
 from data.files import sha256, sync_folder, write_atomically
 from data.loader import sequential
-from pretrain.build import Datasets
+from pretrain.build import Datasets, build_objective, open_data
 from pretrain.card import model_card
+from pretrain.checkpoint import choose
+from pretrain.ema import start_average
+from pretrain.encoders.modernbert import export_files
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig, eval_view, timm_arguments
-from pretrain.recipe import Recipe
+from pretrain.objectives.next_token import NextToken
+from pretrain.optim import build_optimizer
+from pretrain.recipe import Recipe, load_recipe
 from pretrain.state import TrainingState
 
 FORMAT = 1
 TOLERANCE = 1e-4
 """Largest difference from the golden outputs that a reload may show, relative to their largest value."""
 _GOLDEN = 4
+"""Samples (and, for text, last positions) whose outputs are kept."""
+_GOLDEN_TOKENS = 32
 
 
 def export(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> dict[str, Any]:
@@ -57,6 +64,26 @@ def export(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> d
     os.replace(temporary, out)
     sync_folder(out.parent)
     return about
+
+
+def export_run(run: Path, out: Path) -> dict[str, Any]:
+    """Export the newest good checkpoint of a run folder; see `export`.
+
+    Raises:
+        UserError: `run` is no run folder or has no good checkpoint, or its data are gone.
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is no run folder: it has no recipe.yaml")
+    recipe = load_recipe(run / "recipe.yaml")
+    path = choose(run / "checkpoints", "auto")
+    if path is None:
+        raise UserError(f"{run} has no checkpoint yet; let it run until its first one (watch.checkpoint_every)")
+    data = open_data(recipe)
+    objective = build_objective(recipe)
+    average = start_average(objective.exported()) if recipe.train.ema is not None else None
+    state = TrainingState(objective, build_optimizer(objective, recipe.optimizer), average, scaler=None)
+    state.restore(path, recipe, data.train.fingerprint)
+    return export(recipe, state, data, out)
 
 
 def check(folder: Path) -> None:
@@ -164,7 +191,16 @@ def _write_vision(
 def _write_text(
     config: TextConfig, state: TrainingState, encoder: nn.Module, data: Datasets, out: Path
 ) -> dict[str, Any]:
-    raise AssertionError
+    objective = copy.deepcopy(state.objective).cpu().float().eval()
+    assert isinstance(objective, NextToken)
+    objective.encoder = encoder  # type: ignore[assignment]
+    for name, payload in export_files(objective, data.train.folder / "tokenizer.json").items():
+        write_atomically(out / name, payload)
+    # A few positions of a few short rows: logits are wide.
+    ids = data.train.all_ids()[:_GOLDEN]
+    tokens = torch.stack([torch.from_numpy(data.train.row(int(i))) for i in ids])[:, :_GOLDEN_TOKENS]
+    _save_golden(tokens, objective.logits(tokens, last=_GOLDEN), out)
+    return {"features": config.width, "context": config.context, "pooling": "mean"}
 
 
 def _save_golden(inputs: Tensor, outputs: Tensor, out: Path) -> None:
@@ -181,7 +217,8 @@ def _foreign_outputs(folder: Path, kind: str, golden: dict[str, Tensor]) -> Tens
         return model(golden["inputs"])
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder).eval()(golden["inputs"]).logits.float()
+    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+    return model(golden["inputs"]).logits[:, -golden["outputs"].shape[1] :].float()
 
 
 def _version() -> str:

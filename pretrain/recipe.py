@@ -147,6 +147,10 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         raise UserError(f"{path} is no recipe: it must hold keys such as encoder and objective")
     for override in overrides or []:
         _override(tree, override)
+        if override.startswith("train.steps="):  # the two exclude each other: the later word counts
+            tree["train"]["epochs"] = None
+        if override.startswith("train.epochs="):
+            tree["train"]["steps"] = None
     return parse_recipe(tree, str(path))
 
 

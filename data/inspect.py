@@ -1,0 +1,79 @@
+"""What a dataset holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import random
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data.dataset import ShardedDataset
+from data.errors import UserError
+from data.files import sha256
+from data.images import UnreadableImage, open_image
+
+_SAMPLED = 200
+
+
+def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
+    """Counts, sizes, labels and problems of the shards at `source`.
+
+    With `verify` every shard's SHA-256 is compared with the manifest's (tars from elsewhere have none),
+    and some pictures are decoded.
+
+    Raises:
+        UserError: the dataset cannot be opened at all.
+    """
+    dataset = ShardedDataset(source, context=1)
+    shards = dataset.manifest["shards"]
+    report: dict[str, Any] = {
+        "kind": dataset.kind,
+        "shards": len(shards),
+        "samples": sum(shard["samples"] for shard in shards),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "fingerprint": dataset.fingerprint,
+    }
+    problems: list[str] = []
+    if dataset.kind == "text":
+        facts = ("documents", "tokens", "vocab_size", "block_tokens")
+        report |= {name: dataset.manifest[name] for name in facts}
+        report["bytes_per_token"] = round(dataset.manifest["bytes"] / max(1, dataset.manifest["tokens"]), 3)
+    else:
+        labels = dataset.labels()
+        names = dataset.classes or [str(n) for n in range(int(labels.max(initial=-1)) + 1)]
+        report["labels"] = {name: int((labels == number).sum()) for number, name in enumerate(names)}
+        report["unlabelled"] = int((labels < 0).sum())
+        report["pictures"] = _look(dataset, problems)
+    if verify:
+        for shard, path in zip(shards, dataset.paths, strict=True):
+            if "sha256" in shard and sha256(path) != shard["sha256"]:
+                problems.append(f"{path} does not match its checksum; restore it or write the dataset again")
+    return report | {"problems": problems}
+
+
+def _look(dataset: ShardedDataset, problems: list[str]) -> dict[str, Any]:
+    """Sizes and formats of some pictures, spread over the dataset."""
+    count = min(_SAMPLED, len(dataset))
+    sides, formats = [], set()
+    for identity in sorted(random.Random(0).sample(range(len(dataset)), count)):
+        try:
+            payload, _ = dataset.image(identity)
+            image = open_image(payload)
+        except (UnreadableImage, UserError) as error:
+            problems.append(str(error))
+            continue
+        sides.append(image.size)
+        formats.add(str(Image.open(BytesIO(payload)).format))
+    if not sides:
+        return {"looked_at": count}
+    widths, heights = np.array(sides).T
+    return {
+        "looked_at": count,
+        "formats": sorted(formats),
+        "median_size": [int(np.median(widths)), int(np.median(heights))],
+        "largest_size": [int(widths.max()), int(heights.max())],
+    }
+

@@ -1,0 +1,168 @@
+"""`headwater`: parses first, imports later, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launch import commands
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the `headwater` command; returns the exit status (2 for bad input)."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse takes `key=value` settings only up to the first option; those behind it come out as a rest.
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(settings) < len(rest) or (rest and not hasattr(arguments, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings = arguments.settings + settings
+    if not hasattr(arguments, "command"):
+        parser.print_help()
+        return 0
+    from data.errors import UserError
+
+    try:
+        check_packages()
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"headwater: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("headwater: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="headwater", description="Self-supervised pre-training over sharded data: pre-train upstream, fine-tune downstream."
+    )
+    sub = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _quickstart(sub)
+    _shard(sub)
+    _inspect(sub)
+    _pretrain(sub)
+    _export(sub)
+    _finetune(sub)
+    _evaluate(sub)
+    _predict(sub)
+    return parser
+
+
+def check_packages() -> None:
+    """`data` is a common word: say so at once when another package of that name comes first.
+
+    Raises:
+        UserError: naming the package that shadows ours.
+    """
+    import importlib.util
+
+    from data.errors import UserError
+
+    home = Path(__file__).resolve().parent.parent
+    for name in ("data", "pretrain", "finetune"):
+        found = importlib.util.find_spec(name)
+        origin = Path(found.origin).resolve() if found and found.origin else None
+        if origin is None or origin.parent.parent != home:
+            raise UserError(f"another package named {name!r} ({origin}) hides headwater's; run from another folder")
+
+
+def _add(sub: argparse._SubParsersAction, name: str, command: Command, text: str) -> argparse.ArgumentParser:
+    parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def _quickstart(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "quickstart", commands.quickstart, "the whole pipeline on embedded data, in minutes, offline")
+    parser.add_argument("kind", nargs="?", choices=["images", "text"], default="images")
+    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything it makes")
+    parser.add_argument("--seeds", type=int, default=5, help="draws of the labelled samples (default: 5)")
+
+
+def _shard(sub: argparse._SubParsersAction) -> None:
+    shard = sub.add_parser("shard", help="turn files into tar shards with an index")
+    kinds = shard.add_subparsers(title="kinds", metavar="KIND", required=True)
+    images = _add(kinds, "images", commands.shard_images, "a folder of pictures -> shards")
+    images.add_argument("source", type=Path, help="folder; the first level below it names the labels")
+    images.add_argument("out", type=Path, help="folder to make")
+    images.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns file and label")
+    images.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
+    text = _add(kinds, "text", commands.shard_text, "text or JSONL files -> shards of token ids")
+    text.add_argument("source", nargs="+", type=Path, help="files and folders")
+    text.add_argument("out", type=Path, help="folder to make")
+    text.add_argument("--vocab-size", type=int, default=8192, help="of the BPE that is trained (default: 8192)")
+    text.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of training one")
+    text.add_argument("--document", choices=["file", "line", "paragraph"], default="file", help="what is a document")
+    text.add_argument("--field", default="text", help="JSONL field that holds the text (default: text)")
+    text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")
+    for parser in (images, text):
+        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+        _json(parser)
+
+
+def _inspect(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "inspect", commands.inspect, "what shards hold, and whether they are whole")
+    parser.add_argument("shards", help="folder or glob of shards")
+    parser.add_argument("--fast", action="store_true", help="skip the checksums")
+    _json(parser)
+
+
+def _pretrain(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "pretrain", commands.pretrain, "train a recipe, resuming where it stopped, and export its encoder")
+    from pretrain.__main__ import add_arguments
+
+    add_arguments(parser)
+    parser.add_argument("--processes", type=int, default=None, metavar="N", help="processes (default: one for each GPU)")
+
+
+def _export(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "export", commands.export, "the newest checkpoint of a run -> a folder for timm or transformers")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("out", type=Path, help="folder to make or replace")
+    _json(parser)
+
+
+def _finetune(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "finetune", commands.finetune, "an exported encoder and labels -> a task model and its results")
+    parser.add_argument("encoder", help="an export's folder")
+    parser.add_argument("train", help="labelled shards, or a table or folder of labelled text")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategy, e.g. epochs=10")
+    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
+    parser.add_argument("--strategy", choices=["knn", "linear", "full", "scratch"], default="linear")
+    parser.add_argument("--task", choices=["classification"], default="classification")
+    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder for results.json and the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    _json(parser)
+
+
+def _evaluate(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "evaluate", commands.evaluate, "judge a saved task model on labelled data")
+    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("test", help="labelled data")
+    _json(parser)
+
+
+def _predict(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "predict", commands.predict, "labels for new files from a saved task model")
+    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("inputs", nargs="+", metavar="input", help="files, folders, texts, or - for standard input")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv or .jsonl instead of printing")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
