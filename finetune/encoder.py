@@ -90,14 +90,16 @@ def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
     for name, digest in info.get("files", {}).items():
         if name in ("config.json", "model.safetensors", "tokenizer.json") and sha256(folder / name) != digest:
             raise UserError(f"{folder / name} has changed since it was exported; export the run again")
-    if "architecture" in config:
-        from finetune.image_encoder import ImageEncoder
+    # Building a model draws weights, which the loaded ones then replace.
+    with torch.random.fork_rng(devices=[]):
+        if "architecture" in config:
+            from finetune.image_encoder import ImageEncoder
 
-        return ImageEncoder.load(folder, info)
-    if "model_type" in config:
-        from finetune.text_encoder import DocumentEncoder
+            return ImageEncoder.load(folder, info)
+        if "model_type" in config:
+            from finetune.text_encoder import DocumentEncoder
 
-        return DocumentEncoder.load(folder, info, pooling or "mean")
+            return DocumentEncoder.load(folder, info, pooling or "mean")
     raise UserError(
         f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type"
     )

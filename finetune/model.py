@@ -76,8 +76,8 @@ def load_model(folder: str | Path) -> TaskModel:
         tensors = load_file(path / "head.safetensors")
         head = _head(task["head"], tensors, len(task["classes"]))
         head.load_state_dict(tensors)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is no fine-tuned model: {Path(error.filename).name} is missing") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} is no fine-tuned model: task.json or head.safetensors is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} is damaged ({error}); fine-tune again") from None
     known = ("format", "task", "kind", "classes", "head", "pooling")

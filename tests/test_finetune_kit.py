@@ -14,6 +14,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from data.shards import DatasetWriter
+from data.tokenizer import special_ids
+from data.tokenizer import train as train_tokenizer
+from pretrain.encoders.modernbert import to_decoder
+from pretrain.encoders.text import TextConfig, TextEncoder
+from pretrain.objectives.next_token import NextToken, NextTokenConfig
 
 VIT = {
     "img_size": 16,
@@ -40,7 +45,8 @@ def write_encoder(folder: Path, seed: int = 0, **model_args: object) -> Path:
         "interpolation": "bicubic",
         "num_classes": 0,
     }
-    preset |= {"mean": [0.5] * 3, "std": [0.5] * 3, "classifier": "head", "first_conv": "patch_embed.proj"}
+    preset |= {"mean": [0.5] * 3, "std": [0.5] * 3}
+    preset |= {"classifier": "head", "first_conv": "patch_embed.proj"}
     config = {
         "architecture": "vit_tiny_patch16_224",
         "num_classes": 0,
@@ -55,6 +61,42 @@ def write_encoder(folder: Path, seed: int = 0, **model_args: object) -> Path:
     (folder / "headwater").mkdir()
     (folder / "headwater" / "export.json").write_text(json.dumps(about))
     return folder
+
+
+def write_text_encoder(folder: Path, seed: int = 0) -> Path:
+    """A small untrained causal text encoder in transformers' layout, with a tokenizer."""
+    config = TextConfig(vocab_size=300, width=32, depth=2, heads=2, intermediate_size=48, context=32)
+    tokenizer = train_tokenizer(["the good and the bad, a fine dull film"] * 20, 300)
+    config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = NextToken(TextEncoder(config), NextTokenConfig()).state_dict()
+    described, tensors = to_decoder(state, config, special_ids(tokenizer))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(described))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def sentences(count: int, seed: int) -> tuple[list[str], list[str]]:
+    """Texts of random filler around one word that decides the label (`neg`, `pos`)."""
+    draw = np.random.Generator(np.random.Philox(seed))
+    filler = ["the", "film", "and", "a", "that", "was", "of", "it"]
+    words = {"neg": ["bad", "dull", "awful"], "pos": ["good", "fine", "great"]}
+    labels = [("neg", "pos")[i % 2] for i in range(count)]
+    texts = []
+    for label in labels:
+        words_here = list(draw.choice(filler, draw.integers(2, 6)))
+        words_here.insert(int(draw.integers(0, len(words_here))), str(draw.choice(words[label])))
+        texts.append(" ".join(words_here))
+    return texts, labels
+
+
+def write_tsv(path: Path, texts: list[str], labels: list[str], header: str = "") -> Path:
+    """Lines of text, tab, label."""
+    path.write_text(header + "".join(f"{t}\t{label}\n" for t, label in zip(texts, labels, strict=True)))
+    return path
 
 
 def write_images(folder: Path, images: np.ndarray, labels: np.ndarray, classes: list[str]) -> Path:
@@ -94,3 +136,16 @@ def digit_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An encoder's folder."""
     return write_encoder(tmp_path_factory.mktemp("encoder") / "export")
+
+
+@pytest.fixture(scope="session")
+def text_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder's folder."""
+    return write_text_encoder(tmp_path_factory.mktemp("text") / "export")
+
+
+@pytest.fixture(scope="session")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Training and test files of labelled sentences."""
+    root = tmp_path_factory.mktemp("sentiment")
+    return write_tsv(root / "train.tsv", *sentences(80, 1)), write_tsv(root / "test.tsv", *sentences(120, 2))
