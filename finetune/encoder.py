@@ -55,8 +55,8 @@ class Encoder(nn.Module, ABC):
         """Depth of each parameter, 0 at the input, and the depth at which a head on top stands."""
 
     @abstractmethod
-    def fresh(self, seed: int) -> Encoder:
-        """The same architecture with untrained weights; see `fresh`."""
+    def untrained(self) -> Encoder:
+        """The same architecture with weights drawn anew from the process-wide random state; see `fresh`."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -112,7 +112,11 @@ def fresh(encoder: Encoder, seed: int) -> Encoder:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return encoder.fresh(seed)
+        untrained = encoder.untrained()
+    dropped = ("files", "step", "samples")
+    about = {name: value for name, value in encoder.info.items() if name not in dropped}
+    untrained.info = about | {"objective": "untrained"}
+    return untrained
 
 
 def _json(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from finetune.settings import Settings
 
 def accelerator_for(settings: Settings) -> Accelerator:
     """Device and precision. Raises `UserError` in a run of several processes, or for an unfit precision."""
-    # Accelerate keeps one state a process; asking for its default precision again must not clash with it.
-    precision = None if settings.precision == "no" else settings.precision
     try:
-        accelerator = Accelerator(cpu=settings.cpu, mixed_precision=precision)
+        accelerator = Accelerator(cpu=settings.cpu, mixed_precision=settings.precision)
     except ValueError as error:
         raise UserError(f"precision {settings.precision!r} is not possible here: {error}") from None
     if accelerator.num_processes > 1:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from itertools import chain
@@ -38,6 +37,8 @@ class ImageEncoder(Encoder):
 
     kind = "images"
     folder: Path
+    canvas: int
+    """Side in pixels of the square that pictures are decoded onto."""
 
     def __init__(self, model: nn.Module, folder: Path, info: dict[str, Any]) -> None:
         super().__init__()
@@ -49,6 +50,8 @@ class ImageEncoder(Encoder):
         self.image_size = int(info.get("image_size") or preset["input_size"][-1])
         named = info.get("interpolation") or preset["interpolation"]
         self.interpolation: Interpolation = "bilinear" if named == "bilinear" else "bicubic"
+        # Twice the size the network sees leaves crops of oblong pictures their detail.
+        self.canvas = min(2 * self.image_size, int(info.get("canvas") or 2 * self.image_size))
 
     @classmethod
     def load(cls, folder: Path, info: dict[str, Any]) -> Self:
@@ -96,13 +99,13 @@ class ImageEncoder(Encoder):
         listed: set[str] = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in listed}
 
-    def fresh(self, seed: int) -> ImageEncoder:
+    def untrained(self) -> ImageEncoder:
         if "recipe" in self.info:
             # As pre-training began: fixed sine-cosine positions are no merit of the pre-trained weights.
             model = build_vision(VisionConfig.model_validate(self.info["recipe"]["encoder"]))
         else:
             model = timm.create_model(f"local-dir:{self.folder}", pretrained=False, num_classes=0)
-        return ImageEncoder(model.requires_grad_(True), self.folder, copy.deepcopy(self.info))
+        return ImageEncoder(model.requires_grad_(True), self.folder, self.info)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,6 +128,7 @@ class RawPixels(Encoder):
         """The pictures that `like` sees, resized to `size` pixels a side (its own size by default)."""
         super().__init__()
         self.image_size, self.like = size or like.image_size, (like.mean, like.std, like.interpolation)
+        self.canvas = like.canvas
         self.features, self.info, self.folder = 3 * self.image_size**2, {"objective": "pixels"}, None
 
     def inputs(self, batch: ImageBatch, augment: Augmentation | None = None) -> tuple[Tensor, ...]:
@@ -138,11 +142,11 @@ class RawPixels(Encoder):
     def layers(self) -> tuple[dict[str, int], int]:
         return {}, 0
 
-    def fresh(self, seed: int) -> RawPixels:
-        return self
+    def untrained(self) -> RawPixels:
+        raise UserError("raw pixels have no weights to start afresh")
 
     def save(self, folder: Path) -> None:
-        raise UserError("raw pixels are a control and cannot be saved as a model")
+        raise UserError("a control without weights cannot be saved as a model")
 
 
 logging.getLogger("timm").setLevel(logging.WARNING)

@@ -23,7 +23,6 @@ from finetune.features import accelerator_for
 from finetune.image_encoder import ImageEncoder
 from finetune.labelled_text import TEXT_COLUMNS
 from finetune.model import TaskModel
-from finetune.samples import canvas_for
 from finetune.settings import settings_from
 from finetune.text_encoder import DocumentEncoder
 
@@ -71,7 +70,7 @@ def predict(model: TaskModel, inputs: Sequence[str | Path], **settings: Any) -> 
         stream = _text_batches(encoder, list(_texts(inputs)))
     else:
         assert isinstance(encoder, ImageEncoder)
-        stream = _image_batches(list(_pictures(inputs)), encoder.image_size, skipped)
+        stream = _image_batches(list(_pictures(inputs)), encoder.canvas, skipped)
     for names, batch in stream:
         with torch.no_grad(), accelerator.autocast():
             features = encoder(batch.to(accelerator.device))
@@ -114,9 +113,8 @@ def _pictures(inputs: Sequence[str | Path]) -> Iterator[Path]:
 
 
 def _image_batches(
-    paths: list[Path], size: int, skipped: list[tuple[str, str]]
+    paths: list[Path], canvas: int, skipped: list[tuple[str, str]]
 ) -> Iterator[tuple[list[str], ImageBatch]]:
-    canvas = canvas_for(size)
     for start in range(0, len(paths), _BATCH):
         names, images, sizes = [], [], []
         for path in paths[start : start + _BATCH]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from data.files import sha256, write_atomically
+from data.files import write_atomically
 from finetune.encoder import Encoder
 from finetune.evidence import Score, interval
 from finetune.tasks import Task
@@ -43,10 +45,13 @@ def summarize(scores: list[Score], entries: list[dict[str, Any]]) -> dict[str, A
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
-    """Which encoder was judged: the hash of its weights' file, and what it was trained on."""
-    weights = encoder.folder / "model.safetensors" if encoder.folder else None
+    """Which encoder was judged: a hash of its weights as they are, and what it was trained on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return {
-        "fingerprint": sha256(weights) if weights else None,
+        "fingerprint": digest.hexdigest(),
         "objective": encoder.info.get("objective"),
         "step": encoder.info.get("step"),
         "features": encoder.features,

@@ -63,6 +63,8 @@ def finetune(
     hidden = claim(Path(output), overwrite) if output is not None else None
     try:
         encoder = source if isinstance(source, Encoder) else load_encoder(source, options.pooling)
+        if hidden is not None and encoder.folder is None:
+            raise UserError("a control without weights cannot be saved as a model; leave the output out")
         data = train if isinstance(train, Task) else load_task(train, test, encoder)
         results, first = _study(encoder, data, chosen, labels_per_class, list(seeds), options, report)
         if hidden is not None:
@@ -108,7 +110,9 @@ def _study(
     subsets = [subset(task.train.labels, budget, seed) for seed in seeds]
     if task.held_out:
         report(f"no test set given: {len(task.test):,} of the labelled samples are held out as one")
+    started = time.perf_counter()
     fit = _fitter(encoder, task, strategy, subsets, settings, report)
+    preparation = time.perf_counter() - started
     scores: list[Score] = []
     entries: list[dict[str, Any]] = []
     first: TaskModel | None = None
@@ -125,7 +129,9 @@ def _study(
     assert first is not None
     head = {"format": FORMAT, "strategy": strategy, "labels_per_class": budget, "seeds": seeds}
     results = head | summarize(scores, entries) | describe_task(task)
-    results |= {"encoder": describe_encoder(encoder), "settings": settings.model_dump(mode="json")}
+    results |= {"preparation_seconds": round(preparation, 3), "encoder": describe_encoder(encoder)}
+    precision = accelerator_for(settings).mixed_precision
+    results["settings"] = settings.model_dump(mode="json") | {"precision": precision}
     first.about["encoder"] = results["encoder"]
     return results, first
 

@@ -24,14 +24,6 @@ MEMORY_GIB = 2.0
 """Decoded pictures above this stay on disk and are decoded again at each use."""
 
 
-def canvas_for(image_size: int) -> int:
-    """Side of the square that pictures are decoded onto, in pixels, for a network that sees `image_size`.
-
-    Twice as large, so that a crop of a picture that is not square keeps the detail the network can see.
-    """
-    return 2 * image_size
-
-
 class Samples(ABC):
     """`n` labelled samples."""
 

@@ -19,8 +19,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Arithmetic of the encoder; weights and head stay in float32."""
+    precision: Literal["no", "bf16", "fp16"] | None = None
+    """Arithmetic of the encoder; weights and head stay in float32.
+    Where not given, `no` (float32), or what Accelerate's environment or this process has set already."""
     cpu: bool = False
     """Stay on the CPU where an accelerator is at hand."""
     inference_batch: int = Field(256, ge=1)

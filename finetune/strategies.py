@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 from accelerate import Accelerator
 from torch import Tensor
@@ -13,7 +14,7 @@ from finetune.model import TaskModel
 from finetune.probe import fit_linear, fit_neighbours
 from finetune.samples import Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
-from finetune.train import LEARNING_RATES, fit
+from finetune.train import LEARNING_RATES, Training
 
 FROZEN: tuple[Strategy, ...] = ("knn", "linear")
 """Strategies that read features and leave the encoder as it is."""
@@ -59,15 +60,16 @@ def fit_trained(
     """
     if not any(True for _ in encoder.parameters()):
         raise UserError(f"an encoder without weights has nothing to train; strategy {strategy!r} needs some")
-    scratch = strategy == "scratch"
-    trained, head, chosen = fit(
-        (lambda: fresh(encoder, seed)) if scratch else (lambda: copy.deepcopy(encoder).requires_grad_(True)),
-        samples,
-        len(classes),
-        seed,
+    if strategy == "scratch":
+        start = partial(fresh, encoder, seed)
         # From scratch no layer has anything to keep.
-        settings.model_copy(update={"layer_decay": 1.0}) if scratch else settings,
-        accelerator,
-        LEARNING_RATES[strategy],
-    )
+        settings = settings.model_copy(update={"layer_decay": 1.0})
+    else:
+        start = partial(_copy, encoder)
+    training = Training(start, samples, len(classes), seed, settings, accelerator)
+    trained, head, chosen = training.fit(LEARNING_RATES[strategy])
     return TaskModel(trained, head, classes, {"chosen": chosen})
+
+
+def _copy(encoder: Encoder) -> Encoder:
+    return copy.deepcopy(encoder).requires_grad_(True)

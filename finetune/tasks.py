@@ -15,7 +15,7 @@ from data.keyed import hash64
 from finetune.encoder import Encoder
 from finetune.image_encoder import ImageEncoder, RawPixels
 from finetune.labelled_text import LabelledText, read_labelled_text
-from finetune.samples import MEMORY_GIB, ImageSamples, Ints, Samples, TextSamples, canvas_for
+from finetune.samples import MEMORY_GIB, ImageSamples, Ints, Samples, TextSamples
 from finetune.splits import held_out
 from finetune.text_encoder import DocumentEncoder
 
@@ -107,7 +107,7 @@ def _read_images(source: str | Path, encoder: Encoder, known: list[str] | None) 
     labels = _match(labels, names, known, source)
     hashes = _hashes([dataset.key(int(i)) for i in ids]) if known is None else np.empty(0)
     return (
-        ImageSamples(dataset, ids, labels, canvas_for(encoder.image_size)),
+        ImageSamples(dataset, ids, labels, encoder.canvas),
         known or names,
         dataset.fingerprint,
         hashes,

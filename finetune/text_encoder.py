@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import shutil
@@ -94,9 +93,9 @@ class DocumentEncoder(Encoder):
         depths = {name: int(match[1]) + 1 if match else last for name, match in found.items()}
         return depths | {name: 0 for name in found if "embed" in name}, last + 1
 
-    def fresh(self, seed: int) -> DocumentEncoder:
-        model, info = TextEncoder(self.model.config), copy.deepcopy(self.info)
-        return DocumentEncoder(model, self.folder, info, self.pooling, self.prediction_head)
+    def untrained(self) -> DocumentEncoder:
+        model = TextEncoder(self.model.config)
+        return DocumentEncoder(model, self.folder, self.info, self.pooling, self.prediction_head)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
