@@ -135,6 +135,7 @@ def test_unusable_folders_are_refused(folder: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     for change, message in [
         ({"model_type": "gpt2"}, "'gpt2' model"),
+        ({"num_attention_heads": 5}, "multiple of 2"),
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, "scales its rotary"),
         ({"layer_types": ["sliding_attention"] * described["num_hidden_layers"]}, "irregularly"),

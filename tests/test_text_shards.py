@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.dataset import ShardedDataset
 from data.documents import ReadCounts
 from data.errors import UserError
 from data.loader import sequential
-from data.text import read_documents, shard_text, split_exactly
-from data.tokenizer import load, train
+from data.text import read_documents, shard_text, split_exactly, training_sample
+from data.tokenizer import SPECIAL_TOKENS, load, train
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "<|eos|>", "naïve", "東京", "trains", "🚂"]
 
@@ -121,6 +122,39 @@ def test_a_given_tokenizer_is_used_and_kept(folder: Path, tmp_path: Path) -> Non
     train([document(1)], 300).save(str(tmp_path / "own.json"))
     shard_text([folder], tmp_path / "shards", tokenizer=tmp_path / "own.json", block_tokens=128)
     assert load(tmp_path / "shards").to_str() == load(tmp_path / "own.json").to_str()
+
+
+def test_the_tokenizer_is_trained_on_a_bounded_sample_of_all_documents() -> None:
+    texts = [f"{number:04d}" + "é" * 48 for number in range(2000)]
+    sample = list(training_sample(texts, share=0.1, limit=10_000))
+    assert sum(len(text.encode()) for text in sample) <= 10_000
+    assert sample == list(training_sample(texts, share=0.1, limit=10_000))
+    places = [int(text[:4]) for text in sample]
+    assert places[0] < 100
+    assert places[-1] > 900
+    assert list(training_sample(texts, share=1.0)) == texts
+
+
+def test_large_vocabularies_need_wider_tokens(tmp_path: Path) -> None:
+    tokens = [
+        *SPECIAL_TOKENS,
+        *sorted(pre_tokenizers.ByteLevel.alphabet()),
+        *(f"z{n}" for n in range(70_000)),
+    ]
+    wide = Tokenizer(models.BPE({token: place for place, token in enumerate(reversed(tokens))}, []))
+    wide.pre_tokenizer, wide.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    wide.add_special_tokens(list(SPECIAL_TOKENS))
+    wide.save(str(tmp_path / "wide.json"))
+    (tmp_path / "a.txt").write_text(document(3))
+    shard_text([tmp_path / "a.txt"], tmp_path / "out", tokenizer=tmp_path / "wide.json", validation=0)
+    manifest, shards = stream(tmp_path / "out")
+    assert manifest["dtype"] == "<u4"
+    assert min(shards[0]) > 2**16
+    assert documents_in(tmp_path / "out") == [document(3)]
+    assert (
+        next(iter(sequential(ShardedDataset(tmp_path / "out", context=8), 1))).tokens[0].tolist()
+        == shards[0][:9]
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -167,19 +168,26 @@ def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     if kinds is not None:
         full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
         every = full[1] if len(full) > 1 else len(kinds)
-    config = TextConfig(
-        vocab_size=described.get("vocab_size", 50368),
-        width=described.get("hidden_size", 768),
-        depth=described.get("num_hidden_layers", 22),
-        heads=described.get("num_attention_heads", 12),
-        intermediate_size=described.get("intermediate_size", 1152),
-        context=described.get("max_position_embeddings", 8192),
-        rope_theta=far,
-        global_every=every,
-        local_attention=described.get("local_attention", 128),
-        norm_eps=described.get("norm_eps", 1e-5),
-        pad_token=described.get("pad_token_id", 50283),
-    )
+    fields = {
+        "vocab_size": described.get("vocab_size", 50368),
+        "width": described.get("hidden_size", 768),
+        "depth": described.get("num_hidden_layers", 22),
+        "heads": described.get("num_attention_heads", 12),
+        "intermediate_size": described.get("intermediate_size", 1152),
+        "context": described.get("max_position_embeddings", 8192),
+        "rope_theta": far,
+        "global_every": every,
+        "local_attention": described.get("local_attention") or 128,
+        "norm_eps": described.get("norm_eps", 1e-5),
+        "pad_token": described.get("pad_token_id", 50283),
+    }
+    try:
+        config = TextConfig.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"{folder}/config.json: {first['msg']}; our layers cannot express this model"
+        ) from error
     local = [config.is_local(layer) for layer in range(config.depth)]
     if kinds is not None and local != [kind == "sliding_attention" for kind in kinds]:
         raise UserError(
