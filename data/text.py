@@ -62,30 +62,19 @@ def shard_text(
     if tokenizer is not None:
         encoder = tokenizers_room.load(tokenizer)
     else:
-        sample = training_sample(
-            read_documents(sources, document, field), SAMPLE_BYTES / max(source_bytes, 1)
-        )
-        encoder = tokenizers_room.train(sample, vocab_size)
-    counts = ReadCounts()
+        with tqdm(total=source_bytes, **_bar("training the tokenizer", progress)) as bar:
+            documents = read_documents(sources, document, field, advance=bar.update)
+            sample = training_sample(documents, SAMPLE_BYTES / max(source_bytes, 1))
+            encoder = tokenizers_room.train(sample, vocab_size)
     density = _density(encoder, sources, document, field)
     sharding = Sharding(encoder, block_tokens, tokens_per_shard, density * source_bytes)
-    with ExitStack() as stack, tqdm(total=source_bytes, unit="B", unit_scale=True, **_bar(progress)) as bar:
-        writer = stack.enter_context(DatasetWriter(out, "text", tokens_per_shard, overwrite))
-        train, held_out = Side(writer, sharding, 1 - validation), None
-        threshold, first = int(validation * 2**64), None
-        for text, ids in _encoded(encoder, read_documents(sources, document, field, counts, bar.update)):
-            content = hashlib.blake2b(text.encode(), digest_size=8).digest()
-            first = first or content
-            if content == first or int.from_bytes(content, "little") >= threshold:
-                train.add(text, ids)
-                continue
-            if held_out is None:
-                # Inside the unfinished dataset, so that both sides appear in one rename.
-                folder = writer._folder / "validation"
-                inner = stack.enter_context(DatasetWriter(folder, "text", tokens_per_shard))
-                held_out = Side(inner, sharding, validation)
-            held_out.add(text, ids)
-        sides = [side.finish() for side in (train, held_out) if side is not None]
+    counts = ReadCounts()
+    with (
+        DatasetWriter(out, "text", tokens_per_shard, overwrite) as writer,
+        tqdm(total=source_bytes, **_bar("tokenising", progress)) as bar,
+    ):
+        documents = read_documents(sources, document, field, counts, bar.update)
+        sides = _write_sides(_encoded(encoder, documents), writer, sharding, validation)
     total, valid = sides[0], sides[1] if len(sides) > 1 else None
     return total | {
         "vocab_size": encoder.get_vocab_size(),
@@ -96,6 +85,28 @@ def shard_text(
     }
 
 
+def _write_sides(
+    documents: Iterable[tuple[str, list[int]]], writer: DatasetWriter, sharding: Sharding, validation: float
+) -> list[dict[str, Any]]:
+    """Send each (text, ids) to its side by content hash; the counts of training and, if any, validation."""
+    train, held_out = Side(writer, sharding, 1 - validation), None
+    threshold, first = int(validation * 2**64), None
+    with ExitStack() as stack:
+        for text, ids in documents:
+            content = hashlib.blake2b(text.encode(), digest_size=8).digest()
+            first = first or content
+            if content == first or int.from_bytes(content, "little") >= threshold:
+                train.add(text, ids)
+                continue
+            if held_out is None:
+                # Inside the unfinished dataset, so that both sides appear in one rename.
+                folder = writer._folder / "validation"
+                inner = stack.enter_context(DatasetWriter(folder, "text", writer.samples_per_shard))
+                held_out = Side(inner, sharding, validation)
+            held_out.add(text, ids)
+        return [side.finish() for side in (train, held_out) if side is not None]
+
+
 def training_sample(documents: Iterable[str], share: float, limit: int = SAMPLE_BYTES) -> Iterator[str]:
     """About a `share` of the documents, chosen by content hash, cut off at `limit` bytes in all.
 
@@ -104,10 +115,8 @@ def training_sample(documents: Iterable[str], share: float, limit: int = SAMPLE_
     used = 0
     for text in documents:
         raw = text.encode()
-        if (
-            used
-            and int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=b"sample").digest()) >= share * 2**64
-        ):
+        chance = int.from_bytes(hashlib.blake2b(raw, digest_size=8, key=b"sample").digest(), "little")
+        if used and chance >= share * 2**64:
             continue
         yield raw[: limit - used].decode(errors="ignore")
         used += len(raw)
@@ -138,9 +147,9 @@ def _check(validation: float, tokens_per_shard: int, block_tokens: int) -> None:
         )
 
 
-def _bar(progress: bool) -> dict[str, Any]:
+def _bar(title: str, progress: bool) -> dict[str, Any]:
     # disable=None: drawn on a terminal only.
-    return {"desc": "tokenising", "disable": None if progress else True}
+    return {"desc": title, "unit": "B", "unit_scale": True, "disable": None if progress else True}
 
 
 def split_exactly(text: str, size: int = _BATCH_CHARACTERS) -> Iterator[str]:
