@@ -65,4 +65,4 @@ class TextBatch(_Movable):
 def concatenate(batches: list[ImageBatch] | list[TextBatch]) -> ImageBatch | TextBatch:
     """One batch from several of the same kind."""
     first = batches[0]
-    return type(first)(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(first)})  # type: ignore[arg-type]
+    return type(first)(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(first)})

@@ -35,7 +35,11 @@ class ShardedDataset:
     """
 
     def __init__(
-        self, source: str | Path | Sequence[str | Path], *, context: int | None = None, kind: str | None = None
+        self,
+        source: str | Path | Sequence[str | Path],
+        *,
+        context: int | None = None,
+        kind: str | None = None,
     ) -> None:
         """Raises `UserError` when something is missing, damaged, of another `kind` than asked for, or has
         changed since it was indexed."""
@@ -68,9 +72,7 @@ class ShardedDataset:
     def ids(self, shards: Ints, members: Ints) -> Ints:
         """Sample ids (the same in every view of the dataset) of places in this view."""
         if self._chosen is not None:
-            members = np.array(
-                [self._chosen[s][m] for s, m in zip(shards, members, strict=True)], dtype=np.int64
-            )
+            members = np.array([self._chosen[s][m] for s, m in zip(shards, members, strict=True)], dtype=np.int64)
         return self.starts[shards] + members
 
     def all_ids(self) -> Ints:

@@ -132,9 +132,7 @@ def _json_lines(path: Path, field: str, counts: ReadCounts) -> Iterator[tuple[st
                 ) from error
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 fields = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-                raise UserError(
-                    f"{path}, line {number}: no string under {field!r} (found: {fields}); name its field"
-                )
+                raise UserError(f"{path}, line {number}: no string under {field!r} (found: {fields}); name its field")
             # JSON may spell half a surrogate pair, which no UTF-8 text can hold.
             text, lone = _SURROGATES.subn("\ufffd", row[field])
             counts.replaced += lone

@@ -76,4 +76,3 @@ def _look(dataset: ShardedDataset, problems: list[str]) -> dict[str, Any]:
         "median_size": [int(np.median(widths)), int(np.median(heights))],
         "largest_size": [int(widths.max()), int(heights.max())],
     }
-

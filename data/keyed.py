@@ -86,8 +86,6 @@ def hash64(*words: int | NDArray[np.int64]) -> NDArray[np.uint64]:
     return state
 
 
-def sample_keys(
-    seed: int, epochs: int | NDArray[np.int64], ids: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def sample_keys(seed: int, epochs: int | NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The samples' keys: int64, broadcast over `epochs` and `ids`."""
     return hash64(seed, epochs, ids).astype(np.int64)

@@ -34,6 +34,7 @@ class DatasetWriter:
             writer.add("cat/001", {"jpg": payload}, label=0)
 
     A key may hold slashes but no dot in its last part (WebDataset ends the key there) and must be unique.
+    Until the block ends everything lies in `folder`, the hidden one; more may be put there.
     """
 
     def __init__(self, out: Path, kind: str, samples_per_shard: int, overwrite: bool = False) -> None:
@@ -42,15 +43,15 @@ class DatasetWriter:
             raise UserError(f"{out} already exists; remove it, choose another folder, or pass --overwrite")
         self.out, self.kind, self.samples_per_shard = out, kind, samples_per_shard
         self.extra: dict[str, Any] = {}
-        self._folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+        self.folder = out.parent / f".{out.name}.{os.getpid()}.partial"
         self._shards: list[dict[str, Any]] = []
         self._samples: list[tuple[str, dict[str, tuple[int, int, int]], int]] = []
         self._seen: set[bytes] = set()
         self._tar: Any = None
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder.mkdir()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir()
         except OSError as error:
             raise UserError(f"cannot write beside {out}: {error.strerror}; choose a folder you own") from None
 
@@ -90,13 +91,18 @@ class DatasetWriter:
             keys=[key for key, _, _ in samples],
             tar_bytes=path.stat().st_size,
         ).save(path.with_suffix(".index"))
-        entry = {"name": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        entry = {
+            "name": path.name,
+            "samples": len(samples),
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
         self._shards.append(entry | facts)
         self._samples, self._tar = [], None
 
     def copy_file(self, name: str, payload: bytes) -> None:
         """Put a side file, such as a tokenizer, into the dataset's folder."""
-        write_atomically(self._folder / name, payload)
+        write_atomically(self.folder / name, payload)
 
     def __enter__(self) -> Self:
         return self
@@ -106,23 +112,24 @@ class DatasetWriter:
     ) -> None:
         if kind is not None:
             if self._tar is not None:
+                self._tar.close()
                 self._stream.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return
         self._finish()
 
     def _finish(self) -> None:
         self.close_shard()
         if not self._shards:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(f"nothing to write to {self.out}: no usable sample was found")
         about = {"kind": self.kind} | self.extra
         manifest = {"format": FORMAT, "fingerprint": fingerprint(self._shards, about)} | about
         text = json.dumps(manifest | {"shards": self._shards}, indent=1, ensure_ascii=False)
-        write_atomically(self._folder / MANIFEST, text)
+        write_atomically(self.folder / MANIFEST, text)
         if self.out.exists():
             shutil.rmtree(self.out)
-        os.replace(self._folder, self.out)
+        os.replace(self.folder, self.out)
         sync_folder(self.out.parent)
 
     def _claim(self, key: str) -> None:
@@ -136,8 +143,7 @@ class DatasetWriter:
     def _open_shard(self) -> None:
         from webdataset import TarWriter
 
-        self._path = self._folder / f"shard-{len(self._shards):06d}.tar"
+        self._path = self.folder / f"shard-{len(self._shards):06d}.tar"
         self._stream = open(self._path, "w+b")  # noqa: SIM115 - closed by close_shard
         # mtime=0: a float would add a pax header of 1 KiB to every member, and today's date to the bytes.
         self._tar = TarWriter(self._stream, encoder=False, mtime=0, user="", group="", mode=0o644)
-

@@ -100,7 +100,7 @@ def _write_sides(
                 continue
             if held_out is None:
                 # Inside the unfinished dataset, so that both sides appear in one rename.
-                folder = writer._folder / "validation"
+                folder = writer.folder / "validation"
                 inner = stack.enter_context(DatasetWriter(folder, "text", writer.samples_per_shard))
                 held_out = Side(inner, sharding, validation)
             held_out.add(text, ids)
@@ -138,13 +138,9 @@ def _density(encoder: Tokenizer, sources: Sequence[str | Path], document: Docume
 
 def _check(validation: float, tokens_per_shard: int, block_tokens: int) -> None:
     if not 0 <= validation < 1:
-        raise UserError(
-            f"a validation share of {validation} is not in [0, 1); give the share of documents to hold out"
-        )
+        raise UserError(f"a validation share of {validation} is not in [0, 1); give the share of documents to hold out")
     if block_tokens < 2 or tokens_per_shard < block_tokens:
-        raise UserError(
-            f"{tokens_per_shard} tokens a shard do not hold one block of {block_tokens}; use larger shards"
-        )
+        raise UserError(f"{tokens_per_shard} tokens a shard do not hold one block of {block_tokens}; use larger shards")
 
 
 def _bar(title: str, progress: bool) -> dict[str, Any]:
@@ -178,11 +174,7 @@ def _encoded(encoder: Tokenizer, documents: Iterable[str]) -> Iterator[tuple[str
             batch, characters = [], 0
             yield (
                 text,
-                [
-                    i
-                    for piece in split_exactly(text)
-                    for i in encoder.encode(piece, add_special_tokens=False).ids
-                ],
+                [i for piece in split_exactly(text) for i in encoder.encode(piece, add_special_tokens=False).ids],
             )
             continue
         batch.append(text)

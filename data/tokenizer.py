@@ -59,20 +59,14 @@ def load(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(
-            f"no tokenizer at {file}; name a tokenizer.json or the folder of a text dataset or export"
-        )
+        raise UserError(f"no tokenizer at {file}; name a tokenizer.json or the folder of a text dataset or export")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every kind of bad file
-        raise UserError(
-            f"{file} is not a tokenizer of the tokenizers library ({error}); train a new one"
-        ) from error
+        raise UserError(f"{file} is not a tokenizer of the tokenizers library ({error}); train a new one") from error
     missing = [token for token in (PAD, BOS, EOS, MASK) if tokenizer.token_to_id(token) is None]
     if missing:
-        raise UserError(
-            f"the tokenizer {file} lacks {', '.join(missing)}; add them as special tokens or train one"
-        )
+        raise UserError(f"the tokenizer {file} lacks {', '.join(missing)}; add them as special tokens or train one")
     tokenizer.post_processor = None
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -94,9 +88,7 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """
     described = json.loads(tokenizer.to_str())
     if "ByteLevel" not in json.dumps([described["pre_tokenizer"], described["decoder"]]):
-        raise UserError(
-            "bytes per token are only known for byte-level tokenizers; train or load a byte-level one"
-        )
+        raise UserError("bytes per token are only known for byte-level tokenizers; train or load a byte-level one")
     counts = np.zeros(1 + max(tokenizer.get_vocab(with_added_tokens=True).values()), dtype=np.int64)
     for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
         counts[index] = len(token)

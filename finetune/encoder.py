@@ -100,9 +100,7 @@ def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
             from finetune.text_encoder import DocumentEncoder
 
             return DocumentEncoder.load(folder, info, pooling or "mean")
-    raise UserError(
-        f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type"
-    )
+    raise UserError(f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type")
 
 
 def fresh(encoder: Encoder, seed: int) -> Encoder:

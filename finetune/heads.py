@@ -18,9 +18,7 @@ class LinearHead(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(
-        self, features: int, classes: int, layer_norm: bool = False, seed: int | None = None
-    ) -> None:
+    def __init__(self, features: int, classes: int, layer_norm: bool = False, seed: int | None = None) -> None:
         """Zeros, or normal weights of standard deviation 0.01 where a `seed` is given."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(features))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models._manipulate import group_with_matcher
@@ -117,36 +116,6 @@ class ImageEncoder(Encoder):
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         weights = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-class RawPixels(Encoder):
-    """A control without weights: the preprocessed picture itself, as one long vector."""
-
-    kind = "images"
-
-    def __init__(self, like: ImageEncoder, size: int | None = None) -> None:
-        """The pictures that `like` sees, resized to `size` pixels a side (its own size by default)."""
-        super().__init__()
-        self.image_size, self.like = size or like.image_size, (like.mean, like.std, like.interpolation)
-        self.canvas = like.canvas
-        self.features, self.info, self.folder = 3 * self.image_size**2, {"objective": "pixels"}, None
-
-    def inputs(self, batch: ImageBatch, augment: Augmentation | None = None) -> tuple[Tensor, ...]:
-        mean, std, interpolation = self.like
-        boxes = center_boxes(batch.sizes)
-        return (normalize(crop_resize(batch.images, boxes, self.image_size, None, interpolation), mean, std),)
-
-    def pool(self, *inputs: Tensor) -> Tensor:
-        return rearrange(inputs[0], "b c h w -> b (c h w)")
-
-    def layers(self) -> tuple[dict[str, int], int]:
-        return {}, 0
-
-    def untrained(self) -> RawPixels:
-        raise UserError("raw pixels have no weights to start afresh")
-
-    def save(self, folder: Path) -> None:
-        raise UserError("a control without weights cannot be saved as a model")
 
 
 logging.getLogger("timm").setLevel(logging.WARNING)

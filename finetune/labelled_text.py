@@ -52,9 +52,7 @@ def read_labelled_text(source: str | Path) -> LabelledText:
     if path.is_dir():
         pairs = list(_folder(path))
     elif not path.is_file():
-        raise UserError(
-            f"{path} does not exist; give a file of texts and labels, or a folder with one folder a class"
-        )
+        raise UserError(f"{path} does not exist; give a file of texts and labels, or a folder with one folder a class")
     elif path.suffix == ".jsonl":
         pairs = list(_jsonl(path))
     elif path.suffix in (".tsv", ".csv"):
@@ -73,13 +71,9 @@ def read_labelled_text(source: str | Path) -> LabelledText:
 
 
 def _folder(path: Path) -> Iterator[tuple[str, str]]:
-    folders = [
-        folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")
-    ]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
-        raise UserError(
-            f"{path} has no subfolders; put the .txt files of each class into a folder named after it"
-        )
+        raise UserError(f"{path} has no subfolders; put the .txt files of each class into a folder named after it")
     for folder in folders:
         files = sorted(folder.rglob("*.txt"))
         if not files:
@@ -92,9 +86,7 @@ def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it"
-        ) from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
@@ -110,9 +102,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
         names = list(fields)
         text, label = _column(names, TEXT_COLUMNS), _column(names, LABEL_COLUMNS)
         if text is None or label is None:
-            raise UserError(
-                f"{path}, line {number} needs the fields 'text' and 'label', it has {', '.join(names)}"
-            )
+            raise UserError(f"{path}, line {number} needs the fields 'text' and 'label', it has {', '.join(names)}")
         yield _pair(path, number, str(fields[names[text]]), fields[names[label]])
 
 

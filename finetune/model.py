@@ -59,9 +59,7 @@ class TaskModel:
             "kind": self.encoder.kind,
             "classes": self.classes,
         }
-        text = json.dumps(
-            task | pooling | {"head": _describe(self.head)} | self.about, indent=1, ensure_ascii=False
-        )
+        text = json.dumps(task | pooling | {"head": _describe(self.head)} | self.about, indent=1, ensure_ascii=False)
         (folder / "task.json").write_text(text)
 
 

@@ -156,9 +156,7 @@ def _texts(inputs: Sequence[str | Path]) -> Iterator[str]:
         if _exists(path):
             yield from _texts_of(path)
         elif isinstance(given, Path) or path.suffix in (".txt", ".tsv", ".csv", ".jsonl"):
-            raise UserError(
-                f"{path} does not exist; give text files, '-' for standard input, or the texts themselves"
-            )
+            raise UserError(f"{path} does not exist; give text files, '-' for standard input, or the texts themselves")
         else:
             yield given
 

@@ -65,9 +65,7 @@ def fit_linear(
     return head, {"strength": strength}
 
 
-def _choose_strength(
-    inputs: NDArray[np.float64], targets: NDArray[np.int64], classes: int, seed: int
-) -> float:
+def _choose_strength(inputs: NDArray[np.float64], targets: NDArray[np.int64], classes: int, seed: int) -> float:
     """The inverse penalty that does best on held-out folds of these same labels."""
     count = min(5, int(np.bincount(targets).max()))
     if count < 2:

@@ -18,9 +18,7 @@ from finetune.tasks import Task
 FORMAT = 1
 
 
-def seed_entry(
-    seed: int, labels: int, score: Score, seconds: float, chosen: dict[str, Any]
-) -> dict[str, Any]:
+def seed_entry(seed: int, labels: int, score: Score, seconds: float, chosen: dict[str, Any]) -> dict[str, Any]:
     """One seed's line of the results."""
     return {
         "seed": seed,

@@ -157,9 +157,7 @@ def _fitter(
         rows = np.searchsorted(needed, positions)
         if strategy in FROZEN:
             known = torch.from_numpy(rows)
-            model = fit_frozen(
-                strategy, encoder, features[known], labels[known], task.classes, seed, settings
-            )
+            model = fit_frozen(strategy, encoder, features[known], labels[known], task.classes, seed, settings)
             return model, model.from_features(judged).numpy()
         model = fit_trained(strategy, encoder, pool.select(rows), task.classes, seed, settings, accelerator)
         return model, model.probabilities(task.test, settings).numpy()

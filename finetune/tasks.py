@@ -12,8 +12,9 @@ import numpy as np
 from data.dataset import ShardedDataset
 from data.errors import UserError
 from data.keyed import hash64
+from finetune.controls import RawPixels
 from finetune.encoder import Encoder
-from finetune.image_encoder import ImageEncoder, RawPixels
+from finetune.image_encoder import ImageEncoder
 from finetune.labelled_text import LabelledText, read_labelled_text
 from finetune.samples import MEMORY_GIB, ImageSamples, Ints, Samples, TextSamples
 from finetune.splits import held_out
@@ -57,18 +58,14 @@ def load_task(train: str | Path, test: str | Path | None, encoder: Encoder) -> T
         return Task(everything, judged, classes, prints, held_out=False)
     out = held_out(everything.labels, TEST_SHARE, hashes)
     if not out.any():
-        raise UserError(
-            f"{train} has one sample a class, too few to hold out a test set; give one with --test"
-        )
+        raise UserError(f"{train} has one sample a class, too few to hold out a test set; give one with --test")
     inside, outside = everything.select(np.flatnonzero(~out)), everything.select(np.flatnonzero(out))
     return Task(inside, outside, classes, {"train": fingerprint, "test": fingerprint}, held_out=True)
 
 
 def load_test(test: str | Path, encoder: Encoder, classes: list[str]) -> tuple[Samples, str]:
     """Labelled samples over given classes, and the data's fingerprint; raises as `load_task` does."""
-    samples, _, fingerprint, _ = (_read_images if encoder.kind == "images" else _read_text)(
-        test, encoder, classes
-    )
+    samples, _, fingerprint, _ = (_read_images if encoder.kind == "images" else _read_text)(test, encoder, classes)
     return samples, fingerprint
 
 
@@ -117,9 +114,7 @@ def _read_images(source: str | Path, encoder: Encoder, known: list[str] | None) 
 def _read_text(source: str | Path, encoder: Encoder, known: list[str] | None) -> _Read:
     assert isinstance(encoder, DocumentEncoder)
     if (Path(source) / "dataset.json").is_file():
-        raise UserError(
-            f"{source} holds shards, which carry no labels for text; give texts and labels as a TSV file"
-        )
+        raise UserError(f"{source} holds shards, which carry no labels for text; give texts and labels as a TSV file")
     read: LabelledText = read_labelled_text(source)
     names = read.classes()
     numbers = {name: number for number, name in enumerate(names)}
@@ -149,21 +144,15 @@ def _require_all_classes(labels: Ints, classes: list[str], source: str | Path) -
         raise UserError(f"{source} has the one class {classes[0]!r}; a classification task needs two or more")
     empty = [classes[i] for i in np.flatnonzero(np.bincount(labels, minlength=len(classes)) == 0)]
     if empty:
-        raise UserError(
-            f"{source} names {_list(empty)} but has no sample of it; add samples or remove the class"
-        )
+        raise UserError(f"{source} names {_list(empty)} but has no sample of it; add samples or remove the class")
 
 
 def _list(names: list[str]) -> str:
     shown = ", ".join(repr(name) for name in names[:5])
-    return f"{'class' if len(names) == 1 else 'classes'} {shown}" + (
-        f" and {len(names) - 5} more" * (len(names) > 5)
-    )
+    return f"{'class' if len(names) == 1 else 'classes'} {shown}" + (f" and {len(names) - 5} more" * (len(names) > 5))
 
 
 def _hashes(names: list[str]) -> np.ndarray:
     """uint64 (n,): equal names get equal hashes, in every process and version."""
-    digests = b"".join(
-        hashlib.blake2b(n.encode("utf-8", "surrogateescape"), digest_size=8).digest() for n in names
-    )
+    digests = b"".join(hashlib.blake2b(n.encode("utf-8", "surrogateescape"), digest_size=8).digest() for n in names)
     return hash64(0x7E57, np.frombuffer(digests, dtype="<i8"))

@@ -31,9 +31,7 @@ class DocumentEncoder(Encoder):
     kind = "text"
     folder: Path
 
-    def __init__(
-        self, model: TextEncoder, folder: Path, info: dict[str, Any], pooling: Pooling, head: State
-    ) -> None:
+    def __init__(self, model: TextEncoder, folder: Path, info: dict[str, Any], pooling: Pooling, head: State) -> None:
         """`head` is the state of the export's prediction head, kept so that `save` writes a whole decoder."""
         super().__init__()
         self.model, self.folder, self.info, self.pooling = model, folder, info, pooling

@@ -118,9 +118,7 @@ class Training:
         with self.accelerator.autocast():
             features = encoder(batch.to(self.accelerator.device), self.settings.augmentation)
         logits = head(features.float())
-        return F.cross_entropy(
-            logits, labels.to(logits.device), label_smoothing=self.settings.label_smoothing
-        )
+        return F.cross_entropy(logits, labels.to(logits.device), label_smoothing=self.settings.label_smoothing)
 
     def _head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         """A small random head behind the features as they are now, standardised."""

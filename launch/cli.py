@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     parser = argparse.ArgumentParser(
-        prog="headwater", description="Self-supervised pre-training over sharded data: pre-train upstream, fine-tune downstream."
+        prog="headwater",
+        description="Self-supervised pre-training over sharded data: pre-train upstream, fine-tune downstream.",
     )
     sub = parser.add_subparsers(title="commands", metavar="COMMAND")
     _quickstart(sub)
@@ -121,11 +122,18 @@ def _inspect(sub: argparse._SubParsersAction) -> None:
 
 
 def _pretrain(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "pretrain", commands.pretrain, "train a recipe, resuming where it stopped, and export its encoder")
+    parser = _add(
+        sub,
+        "pretrain",
+        commands.pretrain,
+        "train a recipe, resuming where it stopped, and export its encoder",
+    )
     from pretrain.__main__ import add_arguments
 
     add_arguments(parser)
-    parser.add_argument("--processes", type=int, default=None, metavar="N", help="processes (default: one for each GPU)")
+    parser.add_argument(
+        "--processes", type=int, default=None, metavar="N", help="processes (default: one for each GPU)"
+    )
 
 
 def _export(sub: argparse._SubParsersAction) -> None:

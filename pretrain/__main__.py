@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
             print("headwater: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     if main:
-        print(f"exported to {exported}\nnext: headwater finetune {exported} TRAIN_SHARDS --test TEST_SHARDS --strategy linear")
+        print(f"exported to {exported}")
+        print(f"next: headwater finetune {exported} TRAIN_SHARDS --test TEST_SHARDS --strategy linear")
     return 0
 
 

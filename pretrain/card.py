@@ -42,7 +42,12 @@ def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
         ("features", str(about["features"])),
     ]
     if images:
-        facts.append(("input", f"{about['image_size']} x {about['image_size']} RGB, mean {about['mean']}, std {about['std']}"))
+        facts.append(
+            (
+                "input",
+                f"{about['image_size']} x {about['image_size']} RGB, mean {about['mean']}, std {about['std']}",
+            )
+        )
     table = "\n".join(["| | |", "|---|---|"] + [f"| {name} | {value} |" for name, value in facts])
     return "\n".join(front) + (
         f"\n\n# {recipe.name}\n\nPre-trained with headwater {about['headwater']}.\n\n{table}\n\n## Use\n\n{code}\n\n"

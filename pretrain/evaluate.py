@@ -19,9 +19,7 @@ from pretrain.state import TrainingState
 
 
 @torch.no_grad()
-def evaluate(
-    recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator
-) -> dict[str, float]:
+def evaluate(recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator) -> dict[str, float]:
     """Loss and metrics on `watch.evaluate_samples` held-out samples, kNN accuracy where there are labels."""
     if data.validation is None:
         return {}
@@ -43,9 +41,7 @@ def evaluate(
     return values
 
 
-def _held_out_loss(
-    recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator
-) -> dict[str, float]:
+def _held_out_loss(recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator) -> dict[str, float]:
     assert data.validation is not None
     ids = data.validation.all_ids()
     ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: recipe.watch.evaluate_samples]])

@@ -133,7 +133,11 @@ def _write(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> d
         "step": state.step,
         "samples": state.position,
         **facts,
-        "dataset": {"fingerprint": data.train.fingerprint, "classes": data.train.classes, "size": len(data.train)},
+        "dataset": {
+            "fingerprint": data.train.fingerprint,
+            "classes": data.train.classes,
+            "size": len(data.train),
+        },
         "headwater": _version(),
         "recipe": recipe.model_dump(mode="json"),
     }
@@ -145,10 +149,9 @@ def _write(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> d
 
 
 @torch.no_grad()
-def _write_vision(
-    config: VisionConfig, encoder: nn.Module, data: Datasets, canvas: int, out: Path
-) -> dict[str, Any]:
+def _write_vision(config: VisionConfig, encoder: nn.Module, data: Datasets, canvas: int, out: Path) -> dict[str, Any]:
     save_file({k: v.contiguous() for k, v in encoder.state_dict().items()}, out / "model.safetensors")
+    described: dict[str, Any] = encoder.pretrained_cfg  # type: ignore[assignment]
     width = int(encoder.num_features)  # type: ignore[arg-type]
     size = config.image_size
     timm_config = {
@@ -169,8 +172,8 @@ def _write_vision(
             "std": list(config.std),
             "num_classes": 0,
             "pool_size": None,
-            "first_conv": encoder.pretrained_cfg.get("first_conv"),  # type: ignore[union-attr]
-            "classifier": encoder.pretrained_cfg.get("classifier"),  # type: ignore[union-attr]
+            "first_conv": described.get("first_conv"),
+            "classifier": described.get("classifier"),
         },
     }
     write_atomically(out / "config.json", json.dumps(timm_config, indent=1))

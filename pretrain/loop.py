@@ -105,7 +105,10 @@ def _run(
     while state.step < steps:
         progress = (state.step + 0.5) / steps
         lr = warmup_cosine(
-            progress, recipe.optimizer.lr, recipe.optimizer.warmup, recipe.optimizer.lr * recipe.optimizer.final
+            progress,
+            recipe.optimizer.lr,
+            recipe.optimizer.warmup,
+            recipe.optimizer.lr * recipe.optimizer.final,
         )
         set_lr(state.optimizer, lr)
         _seed(recipe.seed, state.step, accelerator)
@@ -256,7 +259,12 @@ def _metrics(
 
 
 def _opening(
-    recipe: Recipe, data: Datasets, state: TrainingState, steps: int, start: Path | None, accelerator: Accelerator
+    recipe: Recipe,
+    data: Datasets,
+    state: TrainingState,
+    steps: int,
+    start: Path | None,
+    accelerator: Accelerator,
 ) -> str:
     weights = sum(p.numel() for p in state.objective.parameters())
     encoder = sum(p.numel() for p in state.objective.exported().parameters())
@@ -266,4 +274,3 @@ def _opening(
         f"{weights / 1e6:.2f}M parameters, {encoder / 1e6:.2f}M in the encoder; "
         f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-

@@ -35,7 +35,8 @@ class OptimizerConfig(BaseModel):
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices that decay, and vectors, embeddings and tokens that do not."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             spare = parameter.ndim <= 1 or any(part in name for part in NO_DECAY_NAMES)

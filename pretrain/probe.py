@@ -17,7 +17,12 @@ _SUBSET_SEED = 0xBA27
 
 
 def knn_scores(
-    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, neighbours: int = 20, temperature: float = 0.07
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    neighbours: int = 20,
+    temperature: float = 0.07,
 ) -> Tensor:
     """Votes of the nearest bank features by cosine, weighted by exp(similarity / temperature).
 

@@ -26,7 +26,12 @@ class ProgressLine:
             f"step {step:,}/{self.total:,}  loss {loss:.4f}  {rate:,.0f} samples/s  "
             f"data wait {waiting:.0%}  left {left}"
         )
-        print(f"\r{text}\033[K" if sys.stderr.isatty() else text, file=sys.stderr, end="" if self._tty else "\n", flush=True)
+        print(
+            f"\r{text}\033[K" if sys.stderr.isatty() else text,
+            file=sys.stderr,
+            end="" if self._tty else "\n",
+            flush=True,
+        )
 
     def say(self, text: str) -> None:
         """A line of its own, below the progress."""

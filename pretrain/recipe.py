@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -185,10 +186,8 @@ def _override(tree: dict[str, Any], text: str) -> None:
     except yaml.YAMLError:
         raise UserError(f"override {text!r}: {value!r} is no valid YAML value") from None
     if isinstance(node[last], str):
-        try:  # YAML 1.1 takes 1e-3 for a string
+        with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a string
             node[last] = float(node[last])
-        except ValueError:
-            pass
 
 
 def _explain(problem: Any, tree: dict[str, Any]) -> str:
@@ -198,8 +197,10 @@ def _explain(problem: Any, tree: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in place)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(place[:-1], tree)
-        close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(sorted(known))}"
+        close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.6)
+        elsewhere = [path for path in _paths(tree) if path.rpartition(".")[2] == place[-1]]
+        meant = [".".join(map(str, [*place[:-1], close[0]]))] if close else elsewhere
+        hint = f"did you mean {' or '.join(meant)}?" if meant else f"known keys: {', '.join(sorted(known))}"
         return f"unknown key {where!r}; {hint}"
     if problem["type"] == "missing":
         return f"{where!r} is missing"
@@ -216,6 +217,12 @@ def _fields_at(place: list[Any], tree: dict[str, Any]) -> list[str]:
         chosen = [o for o in options if not _disagrees(o, tree)]
         model = chosen[0] if chosen else options[0]
     return list(model.model_fields)
+
+
+def _paths(tree: dict[str, Any]) -> list[str]:
+    """Every key that a recipe like `tree` may have, dotted."""
+    sections = [name for name in Recipe.model_fields if name not in ("name", "seed")]
+    return [f"{section}.{field}" for section in sections for field in _fields_at([section], tree)]
 
 
 def _disagrees(option: Any, tree: dict[str, Any]) -> bool:

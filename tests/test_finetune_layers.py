@@ -28,11 +28,7 @@ def test_groups_of_a_vit_are_timms(export: Path) -> None:
     theirs = _scales(param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.5))
     by_name = dict(encoder.model.named_parameters())
     for name, parameter in model.named_parameters():
-        mine = (
-            head.linear.get_parameter(name.removeprefix("head."))
-            if name.startswith("head.")
-            else by_name[name]
-        )
+        mine = head.linear.get_parameter(name.removeprefix("head.")) if name.startswith("head.") else by_name[name]
         assert ours[id(mine)] == pytest.approx(theirs[id(parameter)]), name
     assert len(ours) == len(theirs)
 
@@ -45,11 +41,7 @@ def test_groups_of_a_resnet_cover_everything_from_stem_to_head(tmp_path: Path) -
     groups = parameter_groups(encoder, LinearHead(512, 2), 0.05, 0.5)
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters())) + 2
     scales = {name: group["lr_scale"] for group in groups for name in group["names"]}
-    assert (
-        scales["model.conv1.weight"]
-        < scales["model.layer1.0.conv1.weight"]
-        < scales["model.layer4.1.conv2.weight"]
-    )
+    assert scales["model.conv1.weight"] < scales["model.layer1.0.conv1.weight"] < scales["model.layer4.1.conv2.weight"]
     assert scales["linear.weight"] == 1.0
 
 
@@ -70,15 +62,11 @@ def test_every_trainable_parameter_gets_a_gradient(kind: str, export: Path, text
     encoder = load_encoder(export if kind == "images" else text_export)
     keys = torch.arange(8)
     if kind == "images":
-        images = torch.randint(
-            0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-        )
+        images = torch.randint(0, 256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         sizes = torch.full((8, 2), 16)
         batch = ImageBatch(images=images, sizes=sizes, labels=keys, keys=keys, ids=keys)
     else:
-        batch = encoder.batch(
-            encoder.tokenize([f"the film number {i} was good" for i in range(8)]), keys, keys
-        )
+        batch = encoder.batch(encoder.tokenize([f"the film number {i} was good" for i in range(8)]), keys, keys)
     head = LinearHead(encoder.features, 8, seed=0)
     logits = head(encoder(batch, Augmentation(flip=0.5)))
     torch.nn.functional.cross_entropy(logits, keys).backward()

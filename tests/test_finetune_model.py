@@ -49,9 +49,7 @@ def test_a_saved_model_judges_as_it_did(
     assert one.about["chosen"] == results["runs"][0]["chosen"]
 
 
-def test_a_trained_encoder_is_an_encoder_again(
-    export: Path, digit_shards: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_trained_encoder_is_an_encoder_again(export: Path, digit_shards: tuple[Path, Path], tmp_path: Path) -> None:
     finetune(
         export,
         *digit_shards,
@@ -85,9 +83,7 @@ def test_a_failure_leaves_nothing_behind(export: Path, tmp_path: Path) -> None:
 def test_new_pictures_are_labelled_and_unreadable_ones_counted(
     export: Path, digit_shards: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    finetune(
-        export, *digit_shards, strategy="knn", labels_per_class=30, k=1, output=tmp_path / "m", report=_silent
-    )
+    finetune(export, *digit_shards, strategy="knn", labels_per_class=30, k=1, output=tmp_path / "m", report=_silent)
     images, labels = digits()
     pictures = tmp_path / "new" / "deep"
     pictures.mkdir(parents=True)
@@ -121,9 +117,7 @@ def finetune_positions(labels: np.ndarray) -> list[int]:
 def test_new_texts_from_files_lines_and_strings(
     text_export: Path, sentiment: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    results = finetune(
-        text_export, *sentiment, strategy="linear", output=tmp_path / "m", report=_silent, cpu=True
-    )
+    results = finetune(text_export, *sentiment, strategy="linear", output=tmp_path / "m", report=_silent, cpu=True)
     assert results["interval"][0] > 0.7
     model = load_model(tmp_path / "m")
     texts, _ = sentences(6, seed=9)

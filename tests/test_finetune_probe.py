@@ -11,9 +11,7 @@ from finetune.probe import FALLBACK_STRENGTH, STRENGTHS, fit_linear, fit_neighbo
 from finetune.splits import subset
 
 
-def _digits(
-    per_class: int, shuffled: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
+def _digits(per_class: int, shuffled: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, np.ndarray]:
     images, labels = digits(shuffled)
     features = torch.from_numpy(images.reshape(len(images), -1)).float()
     known = subset(labels[:1200], per_class, seed=0)
@@ -41,9 +39,7 @@ def test_leave_one_out_is_knn_without_the_sample_itself() -> None:
     hits = 0
     for i in range(30):
         rest = torch.arange(30) != i
-        hits += int(
-            NeighbourHead(bank[rest], labels[rest], 3, 5).probabilities(bank[i : i + 1]).argmax() == labels[i]
-        )
+        hits += int(NeighbourHead(bank[rest], labels[rest], 3, 5).probabilities(bank[i : i + 1]).argmax() == labels[i])
     head = NeighbourHead(bank, labels, 3, 5)
     assert head.leave_one_out(torch.arange(30), [1, 5])[1] == pytest.approx(hits / 30)
 
@@ -69,9 +65,7 @@ def test_logistic_regression_is_the_minimum_of_its_loss() -> None:
     assert chosen == {"strength": 0.1}
     inputs = ((features - head.mean) * head.scale).double()
     weight = head.linear.weight.detach().double().requires_grad_(True)
-    loss = torch.nn.functional.cross_entropy(
-        inputs @ weight.T + head.linear.bias.double(), labels, reduction="sum"
-    )
+    loss = torch.nn.functional.cross_entropy(inputs @ weight.T + head.linear.bias.double(), labels, reduction="sum")
     (loss + weight.square().sum() / (2 * 0.1)).backward()
     assert weight.grad is not None
     assert weight.grad.abs().max() < 1e-2 * weight.abs().max() / 0.1

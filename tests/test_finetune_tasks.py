@@ -20,9 +20,7 @@ pytest_plugins = ["test_finetune_kit"]
 
 
 def _jsonl(path: Path, texts: list[str], labels: list[str]) -> Path:
-    path.write_text(
-        "".join(json.dumps({"Text": t, "label": c}) + "\n" for t, c in zip(texts, labels, strict=True))
-    )
+    path.write_text("".join(json.dumps({"Text": t, "label": c}) + "\n" for t, c in zip(texts, labels, strict=True)))
     return path
 
 
@@ -106,9 +104,7 @@ def test_image_data_that_cannot_be_learned_from(export: Path, text_export: Path,
     without = write_images(tmp_path / "without", images[:20], np.full(20, -1), [])
     with pytest.raises(UserError, match="no labels"):
         load_task(without, None, encoder)
-    few = write_images(
-        tmp_path / "few", images[:300][labels[:300] != 4], labels[:300][labels[:300] != 4], NAMES
-    )
+    few = write_images(tmp_path / "few", images[:300][labels[:300] != 4], labels[:300][labels[:300] != 4], NAMES)
     with pytest.raises(UserError, match="class '4' but has no sample"):
         load_task(few, None, encoder)
     good = write_images(tmp_path / "good", images[:300], labels[:300], NAMES)
@@ -150,9 +146,7 @@ def test_bad_calls(options: dict, message: str, export: Path, digit_shards: tupl
         finetune(export, *digit_shards, report=lambda _: None, **options)
 
 
-def test_without_a_test_set_a_fifth_is_held_out_and_said_so(
-    export: Path, digit_shards: tuple[Path, Path]
-) -> None:
+def test_without_a_test_set_a_fifth_is_held_out_and_said_so(export: Path, digit_shards: tuple[Path, Path]) -> None:
     said: list[str] = []
     encoder = load_encoder(export)
     task = load_task(digit_shards[0], None, encoder)

@@ -61,15 +61,11 @@ def test_chunked_loss_is_the_plain_loss(chunk: int, z_loss: float) -> None:
     (3 * expected[counted].sum()).backward()
     assert_close(sums.loss.double(), expected[counted].sum())
     assert int(sums.correct) == int((logits.argmax(1) == targets)[counted].sum())
-    assert_close(
-        sums.z_loss.double(), z_loss * logits.logsumexp(1).square()[counted].sum(), rtol=1e-5, atol=1e-6
-    )
+    assert_close(sums.z_loss.double(), z_loss * logits.logsumexp(1).square()[counted].sum(), rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(leaves, plain, strict=True):
         assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
     plain_nats = token_nats(leaves[0], leaves[1], leaves[2], targets, chunk)
-    assert_close(
-        plain_nats.double(), F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5
-    )
+    assert_close(plain_nats.double(), F.cross_entropy(logits, targets, reduction="none"), rtol=1e-5, atol=1e-5)
     assert not sums.correct.requires_grad
     assert not sums.z_loss.requires_grad
 
@@ -112,9 +108,7 @@ def test_boundaries_and_padding_are_no_targets() -> None:
 
 def test_a_document_counts_the_same_wherever_it_is_packed() -> None:
     objective = build()
-    documents = [
-        torch.cat([torch.tensor([BOS]), torch.randint(3, 60, (n,)), torch.tensor([EOS])]) for n in (3, 9, 6)
-    ]
+    documents = [torch.cat([torch.tensor([BOS]), torch.randint(3, 60, (n,)), torch.tensor([EOS])]) for n in (3, 9, 6)]
 
     def loss(parts: list[Tensor]) -> Tensor:
         tokens = torch.cat(parts)[None]
@@ -215,9 +209,7 @@ def test_generation_repeats_itself_and_follows_the_seed() -> None:
     tokenizer = train(["the quick brown fox jumps over the lazy dog"] * 3, 280)
     config = CONFIG.model_copy(update={"vocab_size": tokenizer.get_vocab_size() + 5})
     objective = build(config)
-    texts = [
-        generate(objective, tokenizer, "the <|eos|>", 40, temperature=1.0, seed=seed) for seed in (0, 0, 1)
-    ]
+    texts = [generate(objective, tokenizer, "the <|eos|>", 40, temperature=1.0, seed=seed) for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[0].startswith("the <|eos|>")
     greedy = {generate(objective, tokenizer, "fox", 10, temperature=0, seed=seed) for seed in range(3)}

@@ -94,9 +94,7 @@ def test_no_token_sees_a_later_one(encoder: TextEncoder, tokens: Tensor, documen
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_document_needs_no_numbers(encoder: TextEncoder, tokens: Tensor, causal: bool) -> None:
-    assert_close(
-        encoder(tokens, torch.zeros_like(tokens), causal), encoder(tokens, None, causal), rtol=0, atol=1e-5
-    )
+    assert_close(encoder(tokens, torch.zeros_like(tokens), causal), encoder(tokens, None, causal), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("causal", "seen"), [(True, range(9, 13)), (False, range(8, 17))])
@@ -114,9 +112,7 @@ def test_parameter_names_are_modernberts() -> None:
         )
     )  # fmt: skip
     ours = build(SHAPES["global"])
-    assert {n: p.shape for n, p in ours.state_dict().items()} == {
-        n: p.shape for n, p in theirs.state_dict().items()
-    }
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -65,9 +65,7 @@ def documents_in(dataset: Path) -> list[str]:
 
 def test_every_document_is_in_the_shards_once_and_unchanged(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    summary = shard_text(
-        [folder], out, vocab_size=400, validation=0.3, tokens_per_shard=2048, block_tokens=128
-    )
+    summary = shard_text([folder], out, vocab_size=400, validation=0.3, tokens_per_shard=2048, block_tokens=128)
     train_side, valid_side = documents_in(out), documents_in(out / "validation")
     assert sorted(train_side + valid_side) == sorted(read_documents([folder]))
     assert not set(train_side) & set(valid_side)
@@ -99,9 +97,7 @@ def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path) -> No
     assert manifests[0] == manifests[1]
 
 
-def test_an_interruption_leaves_nothing_behind(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_leaves_nothing_behind(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data.blocks import Side
 
     original, calls = Side.add, []
@@ -151,10 +147,7 @@ def test_large_vocabularies_need_wider_tokens(tmp_path: Path) -> None:
     assert manifest["dtype"] == "<u4"
     assert min(shards[0]) > 2**16
     assert documents_in(tmp_path / "out") == [document(3)]
-    assert (
-        next(iter(sequential(ShardedDataset(tmp_path / "out", context=8), 1))).tokens[0].tolist()
-        == shards[0][:9]
-    )
+    assert next(iter(sequential(ShardedDataset(tmp_path / "out", context=8), 1))).tokens[0].tolist() == shards[0][:9]
 
 
 @pytest.mark.parametrize("seed", range(5))

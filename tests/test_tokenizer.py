@@ -56,9 +56,7 @@ def test_training_twice_gives_the_same_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_a_loaded_tokenizer_encodes_alike_and_stays_deaf_to_special_tokens(
-    tmp_path: Path, as_folder: bool
-) -> None:
+def test_a_loaded_tokenizer_encodes_alike_and_stays_deaf_to_special_tokens(tmp_path: Path, as_folder: bool) -> None:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     loaded = load(tmp_path if as_folder else tmp_path / "tokenizer.json")
     text = "def f(x): return '<|bos|>' <|fim_prefix|> 東京"

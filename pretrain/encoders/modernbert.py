@@ -75,9 +75,7 @@ def to_decoder(
 
 
 def _decoder_config(config: TextConfig, special: dict[str, int]) -> dict[str, Any]:
-    kinds = [
-        "sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.depth)
-    ]
+    kinds = ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.depth)]
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
         "architectures": ["ModernBertDecoderForCausalLM"],
@@ -135,9 +133,7 @@ def from_decoder(folder: str | Path) -> tuple[TextConfig, State, State]:
 def _read(folder: Path) -> tuple[dict[str, Any], State]:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise UserError(
-                f"{folder} has no {name}; give the folder of an export or a transformers checkpoint"
-            )
+            raise UserError(f"{folder} has no {name}; give the folder of an export or a transformers checkpoint")
     try:
         described = json.loads((folder / "config.json").read_text())
         return described, safetensors.torch.load_file(folder / "model.safetensors")
@@ -148,21 +144,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], State]:
 def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     """Our configuration from theirs; what their file leaves out has the default of their class."""
     if described.get("model_type") != "modernbert-decoder":
-        raise UserError(
-            f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read"
-        )
+        raise UserError(f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read")
     for key, value in _ALWAYS.items():
         if described.get(key, value) != value:
             raise UserError(f"{folder}/config.json has {key}={described[key]!r}; only {value!r} can be read")
     rope = described.get("rope_parameters") or {}
     if any((part or {}).get("rope_type", "default") != "default" for part in rope.values()):
-        raise UserError(
-            f"{folder}/config.json scales its rotary positions; only rope_type 'default' can be read"
-        )
+        raise UserError(f"{folder}/config.json scales its rotary positions; only rope_type 'default' can be read")
     far = (rope.get("full_attention") or {}).get("rope_theta", described.get("global_rope_theta", 160_000.0))
-    near = (rope.get("sliding_attention") or {}).get(
-        "rope_theta", described.get("local_rope_theta", 10_000.0)
-    )
+    near = (rope.get("sliding_attention") or {}).get("rope_theta", described.get("local_rope_theta", 10_000.0))
     every = described.get("global_attn_every_n_layers", 3)
     kinds = described.get("layer_types")
     if kinds is not None:
@@ -185,9 +175,7 @@ def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
         config = TextConfig.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{folder}/config.json: {first['msg']}; our layers cannot express this model"
-        ) from error
+        raise UserError(f"{folder}/config.json: {first['msg']}; our layers cannot express this model") from error
     local = [config.is_local(layer) for layer in range(config.depth)]
     if kinds is not None and local != [kind == "sliding_attention" for kind in kinds]:
         raise UserError(

@@ -50,6 +50,7 @@ class MaskedAutoencoder(Objective):
     """MAE over any timm `VisionTransformer`."""
 
     encoder: VisionTransformer
+    decoder_positions: Tensor
 
     def __init__(self, config: MAEConfig, vision: VisionConfig) -> None:
         """Raises `UserError` when the encoder is no ViT, or no patch would be hidden or visible."""

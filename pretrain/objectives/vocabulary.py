@@ -69,9 +69,7 @@ def token_loss(
 def token_nats(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """Cross-entropy of each row in nats, float32 (r,); for evaluation. Shapes as in `token_loss`."""
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat(
-        [F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces]
-    )
+    return torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces])
 
 
 class _TokenLoss(torch.autograd.Function):
