@@ -60,9 +60,3 @@ class TextBatch(_Movable):
     """int64 (b,): the row's random key, a hash of (seed, epoch, id); see `data.keyed`."""
     ids: Tensor
     """int64 (b,): the row's number in its dataset, the same in every epoch."""
-
-
-def concatenate(batches: list[ImageBatch] | list[TextBatch]) -> ImageBatch | TextBatch:
-    """One batch from several of the same kind."""
-    first = batches[0]
-    return type(first)(**{f.name: torch.cat([getattr(b, f.name) for b in batches]) for f in fields(first)})

@@ -55,7 +55,7 @@ def bits(keys: Tensor, stream: str, count: int) -> Tensor:
     name = zero + zlib.crc32(stream.encode())
     key = (keys[:, None] & _MASK, (keys[:, None] >> 32) & _MASK)
     words = torch.stack(philox((blocks[None], zero, name, zero), key), dim=-1)
-    return words.reshape(len(keys), -1)[:, :count]
+    return words.reshape(len(keys), 4 * len(blocks))[:, :count]
 
 
 def uniform(keys: Tensor, stream: str, shape: tuple[int, ...] = ()) -> Tensor:
