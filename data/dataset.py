@@ -1,9 +1,7 @@
-"""Opening a dataset: folders with a manifest of ours, or any WebDataset tars."""
+"""Random access to the samples of a dataset."""
 
 from __future__ import annotations
 
-import glob
-import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -15,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.index import IMAGE_PARTS, ShardIndex, checksum, index_tar, load_index
-from data.keyed import hash64
-from data.shards import FORMAT, MANIFEST, fingerprint
+from data.index import IMAGE_PARTS, ShardIndex, checksum, load_index
+from data.keyed import hash_texts
+from data.source import foreign_index, open_source
 
 Ints = NDArray[np.int64]
 _OPEN_FILES = 64
@@ -43,7 +41,7 @@ class ShardedDataset:
     ) -> None:
         """Raises `UserError` when something is missing, damaged, of another `kind` than asked for, or has
         changed since it was indexed."""
-        self.manifest, self.paths = _open(source)
+        self.manifest, self.paths = open_source(source)
         self.kind: str = self.manifest["kind"]
         if kind is not None and self.kind != kind:
             raise UserError(f"{source} holds {self.kind}, where {kind} should be; give another folder of shards")
@@ -51,8 +49,8 @@ class ShardedDataset:
         self.fingerprint: str = self.manifest["fingerprint"]
         self.folder = self.paths[0].parent
         self.context = context
-        if self.kind == "text" and context is None:
-            raise UserError(f"{self.folder} holds text; give the number of tokens in a row (context)")
+        if self.kind == "text" and (context is None or context < 1):
+            raise UserError(f"{self.folder} holds text; give the number of tokens in a row (context), at least 1")
         self.sizes = self._sample_counts()
         """Samples of each shard, before any split."""
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
@@ -71,9 +69,13 @@ class ShardedDataset:
 
     def ids(self, shards: Ints, members: Ints) -> Ints:
         """Sample ids (the same in every view of the dataset) of places in this view."""
-        if self._chosen is not None:
-            members = np.array([self._chosen[s][m] for s, m in zip(shards, members, strict=True)], dtype=np.int64)
-        return self.starts[shards] + members
+        if self._chosen is None:
+            return self.starts[shards] + members
+        ids = np.empty(len(shards), dtype=np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            ids[here] = self.starts[shard] + self._chosen[shard][members[here]]
+        return ids
 
     def all_ids(self) -> Ints:
         """The ids of all samples of this view, ascending."""
@@ -92,7 +94,7 @@ class ShardedDataset:
     def key(self, identity: int) -> str:
         """The key under which sample `identity` stands in its tar."""
         shard, member = self._place(identity)
-        return self._index(shard).keys[member]
+        return self._index(shard).key(member)
 
     def image(self, identity: int) -> tuple[bytes, int]:
         """Encoded picture and label of a sample; raises `UserError` when it has no picture."""
@@ -101,7 +103,7 @@ class ShardedDataset:
         for column, part in enumerate(index.parts):
             if part in IMAGE_PARTS and index.sizes[member, column] >= 0:
                 return self._part(shard, member, column), int(index.labels[member])
-        raise UserError(f"sample {index.keys[member]!r} in {self.paths[shard]} holds no picture ({index.parts})")
+        raise UserError(f"sample {index.key(member)!r} in {self.paths[shard]} holds no picture ({index.parts})")
 
     def row(self, identity: int) -> Ints:
         """The `context + 1` token ids of a row: int64 (context + 1,)."""
@@ -121,16 +123,18 @@ class ShardedDataset:
         """Two views, (train, validation): a sample's key decides on which side it falls.
 
         Raises:
-            UserError: for text (whose rows share documents), or when a side would be empty.
+            UserError: for text (whose rows share documents), a share outside (0, 1), or an empty side.
         """
+        if not 0 < validation < 1:
+            raise UserError(f"a validation share of {validation} is not between 0 and 1")
         if self.kind != "images":
             raise UserError("text is split by document when it is sharded: headwater shard text --validation")
         sides: tuple[list[Ints], list[Ints]] = ([], [])
         for shard in range(len(self.paths)):
-            words = [int(hash64(_SPLIT_SEED, *_words(key))) for key in self._index(shard).keys]
-            held_out = np.array(words, dtype=np.uint64) < np.uint64(validation * 2.0**64)
-            sides[0].append(np.flatnonzero(~held_out))
-            sides[1].append(np.flatnonzero(held_out))
+            held_out = hash_texts(_SPLIT_SEED, self._index(shard).keys) < np.uint64(validation * 2.0**64)
+            members = np.arange(len(held_out)) if self._chosen is None else self._chosen[shard]
+            sides[0].append(members[~held_out[members]])
+            sides[1].append(members[held_out[members]])
         train, valid = self._view(sides[0]), self._view(sides[1])
         if not len(train) or not len(valid):
             raise UserError(f"a validation share of {validation} leaves one side of {len(self)} samples empty")
@@ -149,11 +153,11 @@ class ShardedDataset:
         shards = self.manifest["shards"]
         if self.context is None or self.kind != "text":
             return np.array([shard["samples"] for shard in shards], dtype=np.int64)
-        rows = np.array([(shard["tokens"] - 1) // self.context for shard in shards], dtype=np.int64)
+        rows = np.array([max(0, shard["tokens"] - 1) // self.context for shard in shards], dtype=np.int64)
         if not rows.sum():
             longest = max(shard["tokens"] for shard in shards)
             raise UserError(f"no shard of {self.folder} has {self.context + 1} tokens (the longest has {longest})")
-        return np.maximum(rows, 0)
+        return rows
 
     def _place(self, identity: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self.starts, identity, side="right")) - 1
@@ -162,8 +166,10 @@ class ShardedDataset:
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
             path = self.paths[shard]
-            index = _foreign_index(path) if self.manifest["foreign"] else load_index(path.with_suffix(".index"))
-            if index.tar_bytes != path.stat().st_size:
+            index = foreign_index(path) if self.manifest["foreign"] else load_index(path.with_suffix(".index"))
+            described = self.manifest["shards"][shard]
+            changed = index.tar_bytes != described["bytes"] or len(index) != described["samples"]
+            if changed or not path.is_file() or index.tar_bytes != path.stat().st_size:
                 raise UserError(f"{path} has changed since it was indexed; restore it or write the dataset again")
             self._indexes[shard] = index
         return self._indexes[shard]
@@ -171,23 +177,23 @@ class ShardedDataset:
     def _part(self, shard: int, member: int, column: int) -> bytes:
         index = self._index(shard)
         size, offset = int(index.sizes[member, column]), int(index.offsets[member, column])
-        payload = os.pread(self._file(shard), size, offset)
+        try:
+            payload = os.pread(self._file(shard), size, offset)
+        except OSError as error:
+            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
         good = len(payload) == size
         if good and len(index.checksums):
             good = checksum(payload) == int(index.checksums[member, column])
         if not good:
             raise UserError(
-                f"{self.paths[shard]} has changed or is damaged: sample {index.keys[member]!r} does not match "
+                f"{self.paths[shard]} has changed or is damaged: sample {index.key(member)!r} does not match "
                 "its index; run `headwater inspect` and restore the shard"
             )
         return payload
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            try:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
+            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
             if len(self._files) > _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
         return self._files[shard]
@@ -195,82 +201,6 @@ class ShardedDataset:
     def __del__(self) -> None:
         for descriptor in self.__dict__.get("_files", {}).values():
             os.close(descriptor)
-
-
-def _open(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, Any], list[Path]]:
-    """The manifest (made up for tars from elsewhere) and the tars' paths."""
-    if not isinstance(source, str | Path):
-        return _foreign([Path(path) for path in source])
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / MANIFEST).exists():
-        return _ours(path)
-    if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        if not tars:
-            raise UserError(f"{path} holds neither {MANIFEST} nor tar shards; write shards with `headwater shard`")
-        return _foreign(tars)
-    tars = [Path(name) for name in sorted(glob.glob(str(path)))]
-    if not tars:
-        raise UserError(f"{source} does not exist; give a folder of shards or a pattern such as 'data/*.tar'")
-    return _foreign(tars)
-
-
-def _ours(folder: Path) -> tuple[dict[str, Any], list[Path]]:
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        paths = [folder / Path(shard["name"]).name for shard in manifest["shards"]]
-        if manifest["format"] != FORMAT:
-            raise UserError(f"{folder / MANIFEST} is of format {manifest['format']}; this version reads {FORMAT}")
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / MANIFEST} is damaged ({error}); write the dataset again") from None
-    for shard, path in zip(manifest["shards"], paths, strict=True):
-        if not path.exists():
-            raise UserError(f"shard {path} is named in {MANIFEST} but missing; restore it or write the dataset again")
-        if path.stat().st_size != shard["bytes"]:
-            raise UserError(
-                f"shard {path} has {path.stat().st_size} bytes, but {shard['bytes']} when it was indexed; "
-                "restore it or write the dataset again"
-            )
-    return manifest | {"foreign": False}, paths
-
-
-def _foreign(paths: list[Path]) -> tuple[dict[str, Any], list[Path]]:
-    shards = []
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"shard {path} is missing")
-        index = _foreign_index(path)
-        if not any(part in IMAGE_PARTS for part in index.parts):
-            raise UserError(f"{path} holds no pictures, only {', '.join(index.parts)}; pictures end in jpg, png, …")
-        shards.append({"name": path.name, "samples": len(index), "bytes": index.tar_bytes})
-    about = {"kind": "images"}
-    return about | {"shards": shards, "foreign": True, "fingerprint": fingerprint(shards, about)}, paths
-
-
-def _foreign_index(tar: Path) -> ShardIndex:
-    """The index of a tar made elsewhere: kept beside it, or in the user's cache where that is read-only."""
-    stat = tar.stat()
-    name = f"{tar.name}.{stat.st_size}-{stat.st_mtime_ns}.index"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "headwater" / "index"
-    homes = [tar.parent / f".{name}", cache / f"{int(hash64(*_words(str(tar.resolve())))):016x}-{name}"]
-    for home in homes:
-        if home.exists():
-            return load_index(home)
-    index = index_tar(tar)
-    for home in homes:
-        try:
-            home.parent.mkdir(parents=True, exist_ok=True)
-            index.save(home)
-            break
-        except OSError:
-            continue
-    return index
-
-
-def _words(text: str) -> list[int]:
-    """A string as 63-bit words, for hashing."""
-    payload = text.encode("utf-8", "surrogateescape")
-    return [int.from_bytes(payload[i : i + 7], "little") for i in range(0, len(payload), 7)] + [len(payload)]
 
 
 def _tokens(payload: bytes, dtype: str) -> NDArray[Any]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from data.tar import members
 
 IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 FORMAT = 1
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass
@@ -38,26 +42,68 @@ class ShardIndex:
     """(n,): class number, -1 without one."""
     checksums: NDArray[np.uint32]
     """(n, p) CRC-32 of each part's bytes; (0, p) for a tar made elsewhere."""
-    keys: list[str] = field(repr=False)
-    """The samples' keys, in order."""
+    names: bytes = field(repr=False)
+    """The samples' keys, in order, one a line (a list of strings would take several times the memory)."""
     tar_bytes: int
     """Size of the tar when it was indexed."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys, in order."""
+        return self.names.decode("utf-8", "surrogateescape").split("\n") if self.names else []
+
+    def key(self, member: int) -> str:
+        """The key of one sample."""
+        first, last = self._ends[member] + 1, self._ends[member + 1]
+        return self.names[first:last].decode("utf-8", "surrogateescape")
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """Where each line of `names` ends, -1 before the first."""
+        breaks = np.flatnonzero(np.frombuffer(self.names, dtype=np.uint8) == ord("\n"))
+        return np.concatenate([[-1], breaks, [len(self.names)]])
+
+    def with_pictures(self, tar: Path) -> ShardIndex:
+        """The index without samples that hold no picture (descriptions, read-me files).
+
+        Raises `UserError` when none does.
+        """
+        columns = [number for number, part in enumerate(self.parts) if part in IMAGE_PARTS]
+        kept = np.any(self.sizes[:, columns] >= 0, axis=1)
+        if not kept.any():
+            raise UserError(f"{tar} holds no pictures, only {', '.join(self.parts)}; pictures end in jpg, png, …")
+        return replace(
+            self,
+            offsets=self.offsets[kept],
+            sizes=self.sizes[kept],
+            labels=self.labels[kept],
+            checksums=self.checksums[kept] if len(self.checksums) else self.checksums,
+            names=join_keys(key for key, good in zip(self.keys, kept.tolist(), strict=True) if good),
+        )
+
     def save(self, path: Path) -> None:
         """Write atomically."""
-        blob = "\n".join(self.keys).encode("utf-8", "surrogateescape")
         tensors = {
             "offsets": self.offsets,
             "sizes": self.sizes,
             "labels": self.labels,
             "checksums": self.checksums,
-            "keys": np.frombuffer(blob, dtype=np.uint8),
+            "keys": np.frombuffer(self.names, dtype=np.uint8),
         }
         about = {"format": str(FORMAT), "parts": json.dumps(self.parts), "tar_bytes": str(self.tar_bytes)}
-        write_atomically(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, about))
+        payload = save({k: np.ascontiguousarray(v) for k, v in tensors.items()}, about)
+        write_atomically(path, _ordered(payload))
+
+
+def _ordered(payload: bytes) -> bytes:
+    """The same safetensors file with its header in one order (safetensors' own changes from run to run)."""
+    length = int.from_bytes(payload[:8], "little")
+    header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + payload[8 + length :]
 
 
 def load_index(path: Path) -> ShardIndex:
@@ -66,11 +112,11 @@ def load_index(path: Path) -> ShardIndex:
         with safe_open(path, framework="numpy") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        blob = tensors.pop("keys").tobytes().decode("utf-8", "surrogateescape")
+        names = tensors.pop("keys").tobytes()
         return ShardIndex(
             parts=json.loads(about["parts"]),
             tar_bytes=int(about["tar_bytes"]),
-            keys=blob.split("\n") if blob else [],
+            names=names,
             **tensors,
         )
     except FileNotFoundError:
@@ -107,9 +153,14 @@ def index_tar(path: Path) -> ShardIndex:
         sizes=places[:, :, 1],
         labels=_labels(path, samples),
         checksums=np.zeros((0, len(parts)), dtype=np.uint32),
-        keys=[key for key, _ in samples],
+        names=join_keys(key for key, _ in samples),
         tar_bytes=path.stat().st_size,
     )
+
+
+def join_keys(keys: Iterable[str]) -> bytes:
+    """Keys as the index stores them; they hold no line breaks."""
+    return "\n".join(keys).encode("utf-8", "surrogateescape")
 
 
 def _labels(path: Path, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -> NDArray[np.int64]:
@@ -120,7 +171,7 @@ def _labels(path: Path, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -
             if "cls" in found:
                 offset, size = found["cls"]
                 text = os.pread(descriptor, min(size, 32), offset).decode("ascii", "replace").strip()
-                if not text.lstrip("-").isdigit():
+                if not _NUMBER.fullmatch(text):
                     raise UserError(f"{path}: the label of sample {key!r} is {text!r}, not a class number")
                 labels[number] = int(text)
     finally:

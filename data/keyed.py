@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -89,3 +90,20 @@ def hash64(*words: int | NDArray[np.int64]) -> NDArray[np.uint64]:
 def sample_keys(seed: int, epochs: int | NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The samples' keys: int64, broadcast over `epochs` and `ids`."""
     return hash64(seed, epochs, ids).astype(np.int64)
+
+
+def hash_texts(seed: int, texts: Sequence[str]) -> NDArray[np.uint64]:
+    """A 64-bit hash of each string: uint64 (n,); strings of one length are hashed together."""
+    words = [_words(text) for text in texts]
+    lengths = np.array([len(row) for row in words], dtype=np.int64)
+    hashes = np.empty(len(texts), dtype=np.uint64)
+    for length in np.unique(lengths):
+        here = np.flatnonzero(lengths == length)
+        hashes[here] = hash64(seed, *np.array([words[place] for place in here], dtype=np.int64).T)
+    return hashes
+
+
+def _words(text: str) -> list[int]:
+    """A string as words of seven bytes, and its length."""
+    payload = text.encode("utf-8", "surrogateescape")
+    return [int.from_bytes(payload[i : i + 7], "little") for i in range(0, len(payload), 7)] + [len(payload)]

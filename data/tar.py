@@ -15,6 +15,8 @@ from data.errors import UserError
 
 BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
+_WITHOUT_BYTES = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices and folders: nothing follows their header, whatever size it names (`tarfile`'s rule)."""
 _LONGEST_NAME = 1 << 20
 """A long name or pax record beyond this many bytes is taken for damage."""
 
@@ -33,9 +35,13 @@ def members(path: Path) -> Iterator[Member]:
     """The regular files of an uncompressed tar, in order.
 
     Raises:
-        UserError: the file is compressed, damaged, or ends too early.
+        UserError: the file cannot be read, is compressed, damaged, or ends too early.
     """
-    with open(path, "rb", buffering=1 << 16) as file:
+    try:
+        file = open(path, "rb", buffering=1 << 16)  # noqa: SIM115 - closed by the with below
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    with file:
         total = os.fstat(file.fileno()).st_size
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is gzip-compressed, which allows no random access; gunzip it first")
@@ -48,15 +54,16 @@ def members(path: Path) -> Iterator[Member]:
             _check(header, path, position)
             kind, length = header[156:157], _number(header[124:136], path, position)
             start = position + BLOCK
-            if kind in (b"x", b"L", b"g", b"K") and length > _LONGEST_NAME:
+            if kind in (b"x", b"X", b"L", b"g", b"K") and length > _LONGEST_NAME:
                 raise UserError(f"{path} has a {length}-byte name record at byte {position}; it looks damaged")
-            if kind == b"x":
+            if kind in (b"x", b"X"):
                 records = _pax(file.read(length))
-                name, size = records.get("path", name), int(records["size"]) if "size" in records else size
+                name = records.get("path", name)
+                size = int(records["size"]) if records.get("size", "").isdecimal() else size
             elif kind == b"L":
-                name = file.read(length).rstrip(b"\0").decode("utf-8", "surrogateescape")
+                name = file.read(length).split(b"\0")[0].decode("utf-8", "surrogateescape")
             elif kind not in (b"g", b"K"):
-                length = length if size is None else size
+                length = 0 if kind in _WITHOUT_BYTES else length if size is None else size
                 if start + length > total:
                     raise UserError(f"{path} is cut off: the member at byte {position} runs past its end")
                 if kind in _REGULAR:
