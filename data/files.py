@@ -10,11 +10,15 @@ from pathlib import Path
 def write_atomically(path: Path, payload: bytes | str) -> None:
     """Write beside `path`, force to disk, then rename: the old file or the new one, nothing between."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "wb") as file:
-        file.write(payload.encode() if isinstance(payload, str) else payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(payload.encode() if isinstance(payload, str) else payload)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

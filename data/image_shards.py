@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.images import UnreadableImage, verify
 from data.index import IMAGE_PARTS
 from data.keyed import hash64
-from data.shards import DatasetWriter
+from data.shards import DatasetWriter, check_free
 
 _ORDER_SEED = 0x0D3A
 _THREADS = min(8, (os.cpu_count() or 1) + 2)
@@ -49,6 +49,7 @@ def shard_images(
     """
     if not source.is_dir():
         raise UserError(f"{source} is not a folder; give the folder that holds the pictures")
+    check_free(out, overwrite)
     files = _from_csv(source, labels) if labels else _from_folders(source)
     if not files:
         raise UserError(f"{source} holds no pictures ({', '.join(IMAGE_PARTS)})")

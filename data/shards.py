@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,11 +18,12 @@ import numpy as np
 
 from data.errors import UserError
 from data.files import sha256, sync_folder, write_atomically
-from data.index import ShardIndex, checksum
+from data.index import ShardIndex, checksum, join_keys
 from data.tar import BLOCK
 
 MANIFEST = "dataset.json"
 FORMAT = 1
+_HOST = socket.gethostname().replace("/", "_").replace(".", "_")
 
 
 def fingerprint(shards: list[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -38,26 +43,37 @@ class DatasetWriter:
     """
 
     def __init__(self, out: Path, kind: str, samples_per_shard: int, overwrite: bool = False) -> None:
-        """Raises `UserError` when `out` exists and `overwrite` is off, or its parent cannot be written."""
-        if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} already exists; remove it, choose another folder, or pass --overwrite")
+        """Raises `UserError` when `out` exists (and is no dataset, or `overwrite` is off), its parent cannot be
+        written, or a shard would hold nothing."""
+        if samples_per_shard < 1:
+            raise UserError(f"a shard cannot hold {samples_per_shard} samples; give a size of at least 1")
+        out = Path(os.path.abspath(out))
+        check_free(out, overwrite)
         self.out, self.kind, self.samples_per_shard = out, kind, samples_per_shard
         self.extra: dict[str, Any] = {}
-        self.folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+        self.folder = out.parent / f".{out.name}.{_HOST}.{os.getpid()}.partial"
         self._shards: list[dict[str, Any]] = []
         self._samples: list[tuple[str, dict[str, tuple[int, int, int]], int]] = []
         self._seen: set[bytes] = set()
         self._tar: Any = None
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(out)
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         except OSError as error:
             raise UserError(f"cannot write beside {out}: {error.strerror}; choose a folder you own") from None
 
     def add(self, key: str, parts: dict[str, bytes], label: int = -1) -> None:
-        """Append one sample: `parts` maps extensions (`jpg`, `npy`) to bytes."""
+        """Append one sample: `parts` maps extensions (`jpg`, `npy`) to bytes.
+
+        Raises `ValueError` for a key that is taken or malformed, `UserError` when the disk is full.
+        """
         self._claim(key)
+        with self._writing():
+            self._append(key, parts, label)
+
+    def _append(self, key: str, parts: dict[str, bytes], label: int) -> None:
         if self._tar is None:
             self._open_shard()
         places = {}
@@ -73,8 +89,11 @@ class DatasetWriter:
 
     def close_shard(self, **facts: Any) -> None:
         """End the current shard, noting `facts` in its manifest entry; nothing if it is empty."""
-        if self._tar is None:
-            return
+        if self._tar is not None:
+            with self._writing():
+                self._close_shard(facts)
+
+    def _close_shard(self, facts: dict[str, Any]) -> None:
         self._tar.close()
         self._stream.flush()
         os.fsync(self._stream.fileno())
@@ -88,7 +107,7 @@ class DatasetWriter:
             sizes=table[:, :, 1],
             labels=np.array([label for _, _, label in samples], dtype=np.int64),
             checksums=table[:, :, 2].astype(np.uint32),
-            keys=[key for key, _, _ in samples],
+            names=join_keys(key for key, _, _ in samples),
             tar_bytes=path.stat().st_size,
         ).save(path.with_suffix(".index"))
         entry = {
@@ -96,13 +115,15 @@ class DatasetWriter:
             "samples": len(samples),
             "bytes": path.stat().st_size,
             "sha256": sha256(path),
+            "index_sha256": sha256(path.with_suffix(".index")),
         }
         self._shards.append(entry | facts)
         self._samples, self._tar = [], None
 
     def copy_file(self, name: str, payload: bytes) -> None:
         """Put a side file, such as a tokenizer, into the dataset's folder."""
-        write_atomically(self.folder / name, payload)
+        with self._writing():
+            write_atomically(self.folder / name, payload)
 
     def __enter__(self) -> Self:
         return self
@@ -110,27 +131,52 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None:
-            if self._tar is not None:
-                self._tar.close()
-                self._stream.close()
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        self._finish()
+        try:
+            if kind is None:
+                self._finish()
+        finally:  # after _finish there is nothing left under this name
+            self._drop()
 
     def _finish(self) -> None:
         self.close_shard()
         if not self._shards:
-            shutil.rmtree(self.folder, ignore_errors=True)
             raise UserError(f"nothing to write to {self.out}: no usable sample was found")
         about = {"kind": self.kind} | self.extra
         manifest = {"format": FORMAT, "fingerprint": fingerprint(self._shards, about)} | about
         text = json.dumps(manifest | {"shards": self._shards}, indent=1, ensure_ascii=False)
-        write_atomically(self.folder / MANIFEST, text)
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        os.replace(self.folder, self.out)
-        sync_folder(self.out.parent)
+        with self._writing():
+            write_atomically(self.folder / MANIFEST, text)
+            old = self.folder.with_suffix(".old")
+            if self.out.exists():
+                os.replace(self.out, old)
+            try:
+                os.replace(self.folder, self.out)
+            except OSError:
+                if old.exists():
+                    os.replace(old, self.out)
+                raise
+            sync_folder(self.out.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, or one that went away, is a fact about the disk."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.out}: {error.strerror or error}; make room or choose another disk"
+            ) from None
+
+    def _drop(self) -> None:
+        """Forget the open shard and the hidden folder."""
+        if self._tar is not None:
+            with suppress(OSError):
+                self._tar.close()
+            with suppress(OSError):
+                self._stream.close()
+            self._tar = None
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _claim(self, key: str) -> None:
         if "." in key.rpartition("/")[2] or "\n" in key or not key:
@@ -147,3 +193,33 @@ class DatasetWriter:
         self._stream = open(self._path, "w+b")  # noqa: SIM115 - closed by close_shard
         # mtime=0: a float would add a pax header of 1 KiB to every member, and today's date to the bytes.
         self._tar = TarWriter(self._stream, encoder=False, mtime=0, user="", group="", mode=0o644)
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse to replace what is there, unless it is a dataset and the user said so."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise UserError(f"{out} already exists; remove it, choose another folder, or pass --overwrite")
+    if not (out / MANIFEST).is_file():
+        raise UserError(f"{out} exists and is no dataset ({MANIFEST} is not in it), so it is not overwritten")
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove hidden folders that killed processes of this machine left beside `out`."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.{glob.escape(_HOST)}.*"):
+        process, kind = folder.name.split(".")[-2:]
+        # What was replaced (`old`) is the only copy as long as there is no new one.
+        superfluous = kind == "partial" or (kind == "old" and out.exists())
+        if superfluous and process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

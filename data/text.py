@@ -16,7 +16,7 @@ from data import tokenizer as tokenizers_room
 from data.blocks import Sharding, Side
 from data.documents import DocumentUnit, ReadCounts, find_text, read_documents
 from data.errors import UserError
-from data.shards import DatasetWriter
+from data.shards import DatasetWriter, check_free
 
 __all__ = ["read_documents", "shard_text"]
 
@@ -56,8 +56,7 @@ def shard_text(
     """
     out = Path(out)
     _check(validation, tokens_per_shard, block_tokens)
-    if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} already exists; remove it, choose another folder, or pass --overwrite")
+    check_free(out, overwrite)
     source_bytes = sum(path.stat().st_size for path in find_text(sources))
     if tokenizer is not None:
         encoder = tokenizers_room.load(tokenizer)
