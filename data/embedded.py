@@ -51,11 +51,13 @@ def standard_library_sources(most_bytes: int = 8_000_000) -> list[Path]:
         UserError: the interpreter was installed without its source.
     """
     home = Path(sysconfig.get_paths()["stdlib"])
-    skipped = ("test", "tests", "site-packages", "__pycache__", "idlelib", "lib2to3", "encodings")
+    skipped = ("test", "tests", "site-packages", "__pycache__", "dist-packages", "idlelib", "lib2to3", "encodings")
     files = [
         path
         for path in sorted(home.rglob("*.py"))
-        if not set(skipped) & set(path.relative_to(home).parts) and 0 < path.stat().st_size <= _LARGEST_SOURCE
+        if not set(skipped) & set(path.relative_to(home).parts)
+        and path.is_file()
+        and 0 < path.stat().st_size <= _LARGEST_SOURCE
     ]
     if not files:
         raise UserError(f"{home} holds no Python source; give your own text to `headwater shard text`")

@@ -21,8 +21,8 @@ _SAMPLED = 200
 def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Counts, sizes, labels and problems of the shards at `source`.
 
-    With `verify` every shard's SHA-256 is compared with the manifest's (tars from elsewhere have none),
-    and some pictures are decoded.
+    With `verify` the SHA-256 of every shard and index is compared with the manifest's (tars from elsewhere
+    have none). Some pictures are decoded in any case.
 
     Raises:
         UserError: the dataset cannot be opened at all.
@@ -43,15 +43,24 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
         report["bytes_per_token"] = round(dataset.manifest["bytes"] / max(1, dataset.manifest["tokens"]), 3)
     else:
         labels = dataset.labels()
-        names = dataset.classes or [str(n) for n in range(int(labels.max(initial=-1)) + 1)]
-        report["labels"] = {name: int((labels == number).sum()) for number, name in enumerate(names)}
+        names = dict(enumerate(dataset.classes)) or {int(n): str(n) for n in np.unique(labels[labels >= 0])}
+        report["labels"] = {name: int((labels == number).sum()) for number, name in names.items()}
         report["unlabelled"] = int((labels < 0).sum())
         report["pictures"] = _look(dataset, problems)
     if verify:
         for shard, path in zip(shards, dataset.paths, strict=True):
-            if "sha256" in shard and sha256(path) != shard["sha256"]:
-                problems.append(f"{path} does not match its checksum; restore it or write the dataset again")
+            for file, name in ((path, "sha256"), (path.with_suffix(".index"), "index_sha256")):
+                if name in shard and _digest(file) != shard[name]:
+                    problems.append(f"{file} does not match its checksum; restore it or write the dataset again")
     return report | {"problems": problems}
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256, None for a file that cannot be read."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def _look(dataset: ShardedDataset, problems: list[str]) -> dict[str, Any]:

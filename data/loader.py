@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,10 +50,12 @@ class Loader:
 
         Args:
             batch_size: samples of one global batch, over all processes.
-            start: position of the first sample; any multiple of nothing in particular.
+            start: position of the first sample, any number from 0.
             canvas: side of the square that pictures are placed on, in pixels (images only).
             microbatch: most samples a yielded batch may hold; this process's whole share without it.
         """
+        if batch_size < 1 or (microbatch is not None and microbatch < 1):
+            raise UserError(f"a batch of {batch_size} and a microbatch of {microbatch} samples: use at least 1 each")
         if batch_size % world_size:
             nearest = max(1, round(batch_size / world_size)) * world_size
             raise UserError(
@@ -76,7 +78,7 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         """Yields `ImageBatch` or `TextBatch` microbatches, for ever, from `position` on."""
         self._requests.start = self.position
-        for number, batch in enumerate(self._loader):
+        for number, batch in enumerate(_whole(self._loader)):
             if (number + 1) % self.accumulation == 0:
                 self.position += self.batch_size
             yield batch
@@ -97,7 +99,7 @@ def sequential(
         for part in np.split(ids, range(batch_size, len(ids), batch_size))
         if len(part)
     ]
-    yield from _torch_loader(dataset, requests, workers, canvas, pin_memory=False)
+    yield from _whole(_torch_loader(dataset, requests, workers, canvas, pin_memory=False))
 
 
 class _Requests(Sampler[_Request]):
@@ -133,7 +135,14 @@ class _Reader(Dataset[Any]):
     def __init__(self, dataset: ShardedDataset, canvas: int | None) -> None:
         self.dataset, self.canvas = dataset, canvas
 
-    def __getitem__(self, request: _Request) -> ImageBatch | TextBatch:
+    def __getitem__(self, request: _Request) -> ImageBatch | TextBatch | UserError:
+        # Returned, not raised: torch would bury the sentence in the worker's traceback.
+        try:
+            return self._read(request)
+        except UserError as error:
+            return error
+
+    def _read(self, request: _Request) -> ImageBatch | TextBatch:
         keys, ids = torch.from_numpy(request.keys), torch.from_numpy(request.ids)
         if self.dataset.kind == "text":
             tokens = torch.from_numpy(np.stack([self.dataset.row(int(i)) for i in request.ids]))
@@ -158,6 +167,14 @@ class _Reader(Dataset[Any]):
             keys=keys,
             ids=ids,
         )
+
+
+def _whole(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, up to the first that could not be read."""
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _torch_loader(
