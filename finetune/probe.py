@@ -43,15 +43,22 @@ def fit_neighbours(
 
 
 def fit_linear(
-    features: Tensor, labels: Tensor, classes: int, seed: int, strength: float | None = None
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int,
+    strength: float | None = None,
+    standardize: bool = True,
 ) -> tuple[LinearHead, dict[str, Any]]:
-    """Multinomial logistic regression with an L2 penalty on standardised features (n, d).
+    """Multinomial logistic regression with an L2 penalty on features (n, d), standardised or as they are.
 
     Unless given, the penalty `1 / strength` is chosen by cross-validation inside the training labels:
     highest accuracy, then lowest log loss. Where no class has two labels it is a fixed one.
     Returns the head and what was chosen.
     """
     mean, scale = standardization(features)
+    if not standardize:
+        mean, scale = torch.zeros_like(mean), torch.ones_like(scale)
     inputs = ((features - mean) * scale).double().numpy()
     targets = labels.numpy()
     if strength is None:

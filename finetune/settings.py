@@ -36,6 +36,9 @@ class Settings(BaseModel):
     strength: float | None = Field(None, gt=0)
     """linear: inverse L2 penalty (scikit-learn's C); chosen on inner splits where not given."""
 
+    standardize: bool = True
+    """linear: give every feature variance one; off for features that share a unit, such as raw pixels."""
+
     lr: float | None = Field(None, gt=0)
     """full, scratch: peak learning rate of the head and, scaled down by depth, of the encoder.
     Where not given, the best of a few on an inner split of the training labels."""
