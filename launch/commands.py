@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from typing import Any
 
@@ -80,16 +79,16 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """`headwater pretrain`: in this process, or through `accelerate launch` for several."""
-    from launch.processes import launch_command, processes_for
+    from launch.processes import launch, processes_for
 
     count = 1 if arguments.dry_run else processes_for(arguments.processes)
     if count == 1:
         from pretrain.__main__ import run
 
         return run(arguments)
-    command, environment = launch_command(count, sys.argv[2:])
-    sys.stdout.flush()
-    os.execvpe(command[0], command, environment)
+    words = [arguments.recipe, *arguments.settings, "--resume", arguments.resume]
+    words += ["--output", str(arguments.output)] if arguments.output else []
+    return launch(count, words)
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,10 @@
-"""Several processes on this machine, through `accelerate launch` and a configuration of ours."""
+"""Several processes on this machine, through Accelerate's launcher and a configuration of ours."""
 
 from __future__ import annotations
 
+import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,8 +24,38 @@ def processes_for(asked: int | None) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch_command(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command and environment that run `pretrain ARGUMENTS` in `count` processes.
+def launch(count: int, arguments: list[str]) -> int:
+    """Run `pretrain ARGUMENTS` in `count` processes; returns the exit status when all have ended.
+
+    The same as `accelerate launch`, but that a process which stops with an error stops the others without
+    the launcher's own report: it has said what was wrong, and its exit status is passed on.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    words, environment = launch_words(count, arguments)
+    os.environ.update(environment)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args(words))
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        print(
+            f"headwater: process {rank} was killed by {name}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 128 - int(failure.exitcode)
+    return 0
+
+
+def launch_words(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The words after `accelerate launch`, and what they need in the environment.
 
     On the CPU accelerate would start a single process; its multi-GPU path with ACCELERATE_USE_CPU set
     starts them all, connected by gloo. Our own configuration file is named, so that a user's default one
@@ -34,27 +66,12 @@ def launch_command(count: int, arguments: list[str]) -> tuple[list[str], dict[st
     gpu = torch.cuda.is_available()
     if gpu and count > torch.cuda.device_count():
         raise UserError(f"--processes {count}: this machine has {torch.cuda.device_count()} GPUs")
-    config = CONFIGS / ("ddp.yaml" if gpu else "cpu.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += ["--num_processes", str(count), "--main_process_port", "0", "-m", "pretrain"]
-    command += without_processes(arguments)
-    environment = dict(os.environ)
+    words = ["--config_file", str(CONFIGS / ("ddp.yaml" if gpu else "cpu.yaml"))]
+    words += ["--num_processes", str(count), "--main_process_port", "0", "-m", "pretrain"]
     home = str(Path(__file__).resolve().parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, environment.get("PYTHONPATH", "")]))
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
     if not gpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    return command, environment
-
-
-def without_processes(arguments: list[str]) -> list[str]:
-    """The same arguments less `--processes N`."""
-    kept, skip = [], False
-    for argument in arguments:
-        if skip or argument.startswith("--processes="):
-            skip = False
-        elif argument == "--processes":
-            skip = True
-        else:
-            kept.append(argument)
-    return kept
+    return words + arguments, environment

@@ -22,9 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train in this process; returns the exit status."""
+    from pretrain.accelerator import end_with_launcher
     from pretrain.loop import RunFailed, train
     from pretrain.recipe import load_recipe
 
+    end_with_launcher()
     main = int(os.environ.get("RANK", "0")) == 0
     try:
         recipe = load_recipe(arguments.recipe, arguments.settings)

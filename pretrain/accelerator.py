@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
+from torch import nn
+from torch.optim import Optimizer
 
 from data.errors import UserError
 from pretrain.recipe import Recipe
+
+T = TypeVar("T")
+_DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
 
 
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """An `Accelerator` for the devices at hand; accumulation and batch sizes stay ours.
 
     Raises:
-        UserError: fp16 without a GPU, or a tracker whose package is not installed.
+        UserError: fp16 without a GPU, or a tracker that does not exist or whose package is not installed.
     """
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; use bf16 or no")
@@ -30,14 +44,52 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "trackers")),
             kwargs_handlers=[handler],
         )
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(f"watch.trackers {recipe.watch.trackers}: {error}") from None
+
+
+def wrap(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+    """The objective and its optimiser, prepared for the devices, the precision and the processes at hand."""
+    with warnings.catch_warnings():
+        # Newer torch prefers `forward_sync_buffers`, which older ones and Accelerate do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model = accelerator.prepare_model(objective)
+    return model, accelerator.prepare_optimizer(optimizer)
+
+
+def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
+    """What `action` returns on the main process, on every process.
+
+    Raises:
+        UserError: what `action` raised, on every process, so that none waits for the others.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
     """Open the recipe's trackers, with its settings as flat names."""
     if recipe.watch.trackers:
         accelerator.init_trackers(recipe.name, config=_flat(recipe.model_dump(mode="json")))
+
+
+def end_with_launcher() -> None:
+    """Ask Linux to kill this process when the launcher that started it dies.
+
+    The launcher puts its workers into sessions of their own, so a SIGKILL to it would leave them training
+    into a folder where the same command is then started again.
+    """
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, int | float | str | bool]:

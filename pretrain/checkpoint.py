@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -37,7 +38,20 @@ class Checkpoint:
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` as `folder/name`, point `LATEST` at it, then remove all but the newest `keep`."""
+    """Write `checkpoint` as `folder/name`, point `LATEST` at it, then remove all but the newest `keep`.
+
+    Names sort by age. Raises `UserError` when the disk is full or cannot be written; what was there stays.
+    """
+    try:
+        return _save(folder, name, checkpoint, keep)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"checkpoint {folder / name} cannot be written ({error}); make room, then the same command goes on "
+            "from the one before"
+        ) from None
+
+
+def _save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     temporary, final = folder / f".{name}.partial", folder / name
     shutil.rmtree(temporary, ignore_errors=True)
@@ -54,15 +68,18 @@ def save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
     os.replace(temporary, final)
     sync_folder(folder)
     write_atomically(folder / "LATEST", name + "\n")
-    _prune(folder, keep)
+    _prune(folder, name, keep)
     return final
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that verifies, or None; partial and damaged ones are passed over."""
-    if not folder.is_dir():
-        return None
-    return next((path for path in sorted(_complete(folder), reverse=True) if not problem(path)), None)
+def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint in `folder` that verifies, or None; damaged ones are reported and passed over."""
+    for path in sorted(_complete(folder), reverse=True):
+        reason = problem(path)
+        if reason is None:
+            return path
+        report(f"checkpoint {path} is damaged ({reason}); looking for an older one")
+    return None
 
 
 def read(path: Path) -> Checkpoint:
@@ -71,8 +88,10 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(tensors=tensors, state=json.loads((path / "state.json").read_text()))
 
 
-def choose(folder: Path, resume: str) -> Path | None:
+def choose(folder: Path, resume: str, report: Callable[[str], None] = lambda _: None) -> Path | None:
     """Where a run goes on: `auto` is the newest good checkpoint in `folder`, `never` none, else a path.
+
+    `report` is told about each damaged checkpoint that is passed over.
 
     Raises:
         UserError: the path does not verify; `never` in a folder that has checkpoints; all are damaged.
@@ -82,10 +101,10 @@ def choose(folder: Path, resume: str) -> Path | None:
         if reason:
             raise UserError(f"checkpoint {resume} cannot be used: {reason}")
         return Path(resume)
-    found = newest(folder)
-    if resume == "never" and found is not None:
+    if resume == "never" and _complete(folder):
         raise UserError(f"{folder} already holds checkpoints; choose another --output or go on with --resume auto")
-    if found is None and folder.is_dir() and _complete(folder):
+    found = newest(folder, report)
+    if found is None and _complete(folder):
         path = max(_complete(folder))
         raise UserError(f"no checkpoint in {folder} is whole ({path.name}: {problem(path)}); remove them to start anew")
     return found
@@ -136,14 +155,24 @@ def load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str
 
 
 def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
     return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for path in sorted(_complete(folder))[:-keep]:
+def _prune(folder: Path, name: str, keep: int) -> None:
+    """Remove what `name`, just written, makes superfluous."""
+    found = sorted(_complete(folder))
+    stale = [path for path in found if path.name <= name][:-keep]
+    # A later one is left of a run that went on from an older checkpoint: damaged, or it would have been taken.
+    stale += [path for path in found if path.name > name and problem(path)]
+    for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync_file(path: Path) -> None:

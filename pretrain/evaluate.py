@@ -6,28 +6,29 @@ import math
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from data.dataset import ShardedDataset
 from data.keyed import hash64
 from data.loader import sequential
-from pretrain.build import Datasets
 from pretrain.encoders.vision import VisionConfig
 from pretrain.probe import online_knn
-from pretrain.recipe import Recipe
-from pretrain.state import TrainingState
+from pretrain.setup import Setup
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator) -> dict[str, float]:
-    """Loss and metrics on `watch.evaluate_samples` held-out samples, kNN accuracy where there are labels."""
+def evaluate(setup: Setup) -> dict[str, float]:
+    """Loss and metrics on `watch.evaluate_samples` held-out samples, kNN accuracy where there are labels.
+
+    The kNN probe looks at the encoder that would be exported: the average where one is kept.
+    """
+    recipe, data, watch = setup.recipe, setup.data, setup.recipe.watch
     if data.validation is None:
         return {}
-    values = _held_out_loss(recipe, state, data, accelerator)
-    watch = recipe.watch
+    values = _held_out_loss(setup, data.validation)
     if isinstance(recipe.encoder, VisionConfig) and watch.knn_samples:
         accuracy = online_knn(
-            state.encoder(),
+            setup.state.encoder(),
             data.train,
             data.validation,
             recipe.encoder,
@@ -41,20 +42,19 @@ def evaluate(recipe: Recipe, state: TrainingState, data: Datasets, accelerator: 
     return values
 
 
-def _held_out_loss(recipe: Recipe, state: TrainingState, data: Datasets, accelerator: Accelerator) -> dict[str, float]:
-    assert data.validation is not None
-    ids = data.validation.all_ids()
+def _held_out_loss(setup: Setup, validation: ShardedDataset) -> dict[str, float]:
+    recipe, accelerator, objective = setup.recipe, setup.accelerator, setup.state.objective
+    ids = validation.all_ids()
     ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: recipe.watch.evaluate_samples]])
     mine = ids[accelerator.process_index :: accelerator.num_processes]
-    size = recipe.train.microbatch or max(1, recipe.train.batch_size // accelerator.num_processes)
-    state.objective.eval()
+    objective.eval()
     totals: dict[str, float] = {"loss": 0.0, "count": 0.0}
-    for batch in sequential(data.validation, size, canvas=recipe.data.canvas, ids=mine):
-        output = state.objective(batch.to(accelerator.device), 1.0)
+    for batch in sequential(validation, setup.loader.microbatch, canvas=recipe.data.canvas, ids=mine):
+        output = objective(batch.to(accelerator.device), 1.0)
         values = {"loss": output.loss_sum, "count": output.target_count} | output.metrics
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    state.objective.train()
+    objective.train()
     everyone = gather_object([totals])
     names = sorted({name for each in everyone for name in each})
     sums = {name: math.fsum(each.get(name, 0.0) for each in everyone) for name in names}

@@ -49,8 +49,12 @@ def export(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> d
         The contents of `headwater/export.json`.
 
     Raises:
-        UserError: the reloaded encoder does not give the same outputs.
+        UserError: the reloaded encoder does not give the same outputs, or `out` is something else than an
+            export, which is not replaced.
     """
+    out = out.resolve()
+    if out.exists() and not (out / "headwater" / "export.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no export of ours; choose another folder")
     temporary = out.parent / f".{out.name}.{os.getpid()}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / "headwater").mkdir(parents=True)
@@ -101,6 +105,16 @@ def check(folder: Path) -> None:
     worst = (outputs - golden["outputs"]).abs().max().item()
     if not worst <= TOLERANCE * max(1.0, golden["outputs"].abs().max().item()):
         raise UserError(f"{folder} fails its self-test: outputs differ from the golden ones by {worst:.2g}")
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step whose weights an export holds; None where there is no whole export."""
+    try:
+        about = read_about(folder)
+        whole = all(sha256(folder / name) == digest for name, digest in about["files"].items())
+    except (UserError, OSError):
+        return None
+    return int(about["step"]) if whole else None
 
 
 def read_about(folder: Path) -> dict[str, Any]:

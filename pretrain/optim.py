@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
 NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "mask_token", "tok_embeddings")
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(BaseModel):
@@ -19,17 +21,17 @@ class OptimizerConfig(BaseModel):
 
     name: Literal["adamw"] = "adamw"
     """Loshchilov and Hutter 2019."""
-    lr: float = 1e-3
+    lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate for the recipe's global batch; nothing scales it behind your back."""
-    weight_decay: float = 0.05
+    weight_decay: float = Field(default=0.05, ge=0)
     """Decoupled; spares biases, norms, embeddings and tokens."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """Decay of the first and the second moment."""
-    eps: float = 1e-8
+    eps: float = Field(default=1e-8, gt=0)
     """Added to the denominator."""
-    warmup: float = 0.05
+    warmup: float = Field(default=0.05, ge=0, le=1)
     """Share of training over which the rate rises from zero."""
-    final: float = 0.0
+    final: float = Field(default=0.0, ge=0)
     """Rate at the end, as a share of the peak."""
 
 

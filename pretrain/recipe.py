@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,6 +20,7 @@ from pretrain.objectives.next_token import NextTokenConfig
 from pretrain.optim import OptimizerConfig
 
 FOLDER = Path(__file__).parent / "recipes"
+_NUMBER = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
 
 
 class DataConfig(BaseModel):
@@ -31,9 +32,9 @@ class DataConfig(BaseModel):
     """Folder or glob of shards."""
     validation: str | float | None = None
     """Held-out shards, or a share of `train` (pictures only). Text shards bring their own by default."""
-    canvas: int = 256
+    canvas: int = Field(default=256, ge=1)
     """Side of the square that pictures are decoded onto, in pixels; larger ones are shrunk to fit."""
-    workers: int = 2
+    workers: int = Field(default=2, ge=0)
     """Reading and decoding processes for each training process; cannot change what is trained."""
 
 
@@ -44,23 +45,23 @@ class TrainConfig(BaseModel):
 
     batch_size: int = Field(default=256, gt=0)
     """Samples (pictures, rows) of one global batch, over all processes."""
-    steps: int | None = None
+    steps: int | None = Field(default=None, gt=0)
     """Optimiser steps; give this or `epochs`."""
-    epochs: float | None = None
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the training samples; give this or `steps`."""
-    microbatch: int | None = None
+    microbatch: int | None = Field(default=None, gt=0)
     """Most samples a process holds at once; the rest of its share is accumulated."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Mixed precision, by Accelerate."""
-    clip: float | None = 1.0
+    clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
-    ema: float | None = None
+    ema: float | None = Field(default=None, ge=0, lt=1)
     """Momentum of an average of the encoder's weights, which is then evaluated and exported."""
     compile: bool = False
     """torch.compile the objective."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (a CPU run is exact without it)."""
-    skips: int = 20
+    skips: int = Field(default=20, ge=0)
     """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
 
 
@@ -69,17 +70,17 @@ class WatchConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    log_every: int = 10
+    log_every: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl."""
-    evaluate_every: int = 500
+    evaluate_every: int = Field(default=500, ge=0)
     """Steps between two evaluations on held-out data (and at the end); 0 for never."""
-    evaluate_samples: int = 2048
+    evaluate_samples: int = Field(default=2048, ge=1)
     """Most held-out samples of one evaluation."""
-    knn_samples: int = 10_000
+    knn_samples: int = Field(default=10_000, ge=0)
     """Most labelled training pictures in the bank of the online kNN probe; 0 for none."""
-    knn_neighbours: int = 20
+    knn_neighbours: int = Field(default=20, ge=1)
     """Neighbours that vote."""
-    checkpoint_every: int = 500
+    checkpoint_every: int = Field(default=500, ge=1)
     """Steps between two checkpoints (and at the end)."""
     checkpoint_keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
@@ -96,8 +97,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
-    """Names the run's folder."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
+    """Names the run's folder: letters, digits, `_`, `-` and dots."""
     seed: int = 0
     """Of the initial weights, the order of samples, views and masks."""
     data: DataConfig = Field(default_factory=DataConfig)
@@ -115,11 +116,15 @@ class Recipe(BaseModel):
         return max(1, round(self.train.epochs * samples / self.train.batch_size))
 
     def identity(self) -> dict[str, Any]:
-        """The parts that decide what is trained: what a checkpoint must agree with to be resumed."""
+        """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
+
+        Where the shards lie does not count (their fingerprint does), nor how the global batch is split.
+        """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
-        for key in ("train", "validation", "workers"):
-            del whole["data"][key]
-        del whole["train"]["skips"]
+        del whole["data"]["train"], whole["data"]["workers"]
+        del whole["train"]["skips"], whole["train"]["microbatch"]
+        if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
+            whole["data"]["validation"] = None
         return whole
 
     def hash(self) -> str:
@@ -135,13 +140,15 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
             a value of the wrong type.
     """
     path = Path(source)
-    if not path.exists():
+    if not path.is_file():
         path = FOLDER / f"{source}.yaml"
     if not path.is_file():
         known = sorted(recipe.stem for recipe in FOLDER.glob("*.yaml"))
         raise UserError(f"there is no recipe {str(source)!r}; give a YAML file or one of: {', '.join(known)}")
     try:
         tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -178,22 +185,23 @@ def _override(tree: dict[str, Any], text: str) -> None:
     *parents, last = path.split(".")
     node = tree
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise UserError(f"override {text!r}: {parent} holds a value, not keys")
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"override {text!r}: {value!r} is no valid YAML value") from None
-    if isinstance(node[last], str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 takes 1e-3 for a string
-            node[last] = float(node[last])
+    if isinstance(node[last], str) and _NUMBER.fullmatch(node[last]):  # YAML 1.1 takes 1e-3 for a string
+        node[last] = float(node[last])
 
 
 def _explain(problem: Any, tree: dict[str, Any]) -> str:
     """One clause of pydantic's errors, in words and with a suggestion."""
-    tags = {"vision", "text", "mae", "next_token"}
-    place = [part for part in problem["loc"] if part not in tags]
+    # pydantic names the chosen kind behind its section; the recipe itself has no such level.
+    place = [part for level, part in enumerate(problem["loc"]) if level != 1 or part not in _TAGS]
     where = ".".join(str(part) for part in place)
     if problem["type"] == "extra_forbidden":
         known = _fields_at(place[:-1], tree)
@@ -204,8 +212,22 @@ def _explain(problem: Any, tree: dict[str, Any]) -> str:
         return f"unknown key {where!r}; {hint}"
     if problem["type"] == "missing":
         return f"{where!r} is missing"
+    if problem["type"].startswith("union_tag"):
+        key = problem["ctx"]["discriminator"].strip("'")
+        given = problem["input"].get(key)
+        return f"{where + '.' + key!r} is {given!r}; it must be one of: {', '.join(_tags(where))}"
     given = problem.get("input")
     return f"{where!r} is {given!r}: {problem['msg'].lower()}"
+
+
+def _tags(section: str) -> list[str]:
+    """The kinds that a section can be of."""
+    key = "kind" if section == "encoder" else "name"
+    options = get_args(Recipe.model_fields[section].annotation)
+    return [tag for option in options for tag in get_args(option.model_fields[key].annotation)]
+
+
+_TAGS = frozenset(_tags("encoder") + _tags("objective"))
 
 
 def _fields_at(place: list[Any], tree: dict[str, Any]) -> list[str]:
@@ -213,7 +235,7 @@ def _fields_at(place: list[Any], tree: dict[str, Any]) -> list[str]:
     for part in place:
         field = model.model_fields[part]
         options = get_args(field.annotation) or (field.annotation,)
-        tree = tree.get(part) or {}
+        tree = tree[part] if isinstance(tree.get(part), dict) else {}
         chosen = [o for o in options if not _disagrees(o, tree)]
         model = chosen[0] if chosen else options[0]
     return list(model.model_fields)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.errors import UserError
 from data.files import write_atomically
 from pretrain.recipe import Recipe
+from pretrain.state import TrainingState
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "transformers", "lightly", "webdataset", "numpy")
 
@@ -27,21 +32,50 @@ class RunFolder:
         self.path, self.writes = path, writes
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.export = path / "export"
+        self._lock: Any = None
 
     def begin(self, recipe: Recipe, step: int) -> None:
-        """Describe the run and cut metrics back to `step`, where it starts or goes on."""
+        """Claim the folder, describe the run and cut metrics back to `step`, where it starts or goes on.
+
+        Raises:
+            UserError: the folder cannot be written, or another process is training into it.
+        """
         if not self.writes:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        write_atomically(self.path / "recipe.yaml", text)
-        write_atomically(self.path / "command.txt", shlex.join(sys.argv) + "\n")
-        write_atomically(self.path / "environment.json", json.dumps(_environment(), indent=1))
-        self._cut_metrics(step)
-        self.status("running", step=step)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._claim()
+            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+            write_atomically(self.path / "recipe.yaml", text)
+            write_atomically(self.path / "command.txt", shlex.join(sys.argv) + "\n")
+            write_atomically(self.path / "environment.json", json.dumps(_environment(), indent=1))
+            self._cut_metrics(step)
+            self.status("running", step=step)
+        except OSError as error:
+            raise UserError(
+                f"the run folder {self.path} cannot be written ({error.strerror}); choose another --output"
+            ) from None
+
+    @contextmanager
+    def watched(self, state: TrainingState) -> Iterator[None]:
+        """Say in status.json how the block ends: finished, interrupted (Ctrl-C) or failed."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.status("interrupted", step=state.step)
+            raise
+        except BaseException as error:
+            self.status("failed", step=state.step, reason=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            self.status("finished", step=state.step)
+        finally:
+            if self._lock is not None:
+                self._lock.close()
 
     def status(self, state: str, **facts: Any) -> None:
-        """Say in status.json that the run is running, finished or failed."""
+        """Say in status.json that the run is running, finished, interrupted or failed."""
         if self.writes:
             record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | facts
             write_atomically(self.path / "status.json", json.dumps(record, indent=1))
@@ -51,6 +85,17 @@ class RunFolder:
         if self.writes:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(values) + "\n")
+
+    def _claim(self) -> None:
+        """Hold a lock on the folder for as long as this process lives."""
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - closed when the run ends
+        try:
+            # A lock of the process: unlike flock, a reading process forked off does not keep it.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training into {self.path}; wait for it, stop it, or choose another --output"
+            ) from None
 
     def _cut_metrics(self, step: int) -> None:
         if not self.metrics.exists():

@@ -61,10 +61,14 @@ class TrainingState:
             )
         if saved.state["fingerprint"] != fingerprint:
             raise UserError(f"{path} was made with other data than data.train holds now; restore the shards")
-        self.objective.load_state_dict(saved.tensors["model"])
+        try:
+            self.objective.load_state_dict(saved.tensors["model"])
+            if self.average is not None:
+                self.average.load_state_dict(saved.tensors["ema"])
+        except (RuntimeError, KeyError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit this version's model ({first}); start anew") from None
         load_optimizer(self.optimizer, self.objective, saved.tensors.get("optimizer", {}))
-        if self.average is not None:
-            self.average.load_state_dict(saved.tensors["ema"])
         if self.scaler is not None and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
         self.step, self.position = saved.state["step"], saved.state["position"]
@@ -76,16 +80,17 @@ class TrainingState:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two trees of settings differ, as `key: old -> new`."""
+    """Where two trees of settings differ, as `key: old -> new`.
+
+    A field that only one version of the recipe's format knows (a key of the tree or of its sections) is
+    passed over: it was not there to be set.
+    """
+    schema = prefix.count(".") < 2
     found = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() & new.keys() if schema else old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{prefix}{key}.")
-        elif _plain(before) != _plain(after):
+        elif before != after:
             found.append(f"{prefix}{key}: {before} -> {after}")
     return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -49,8 +49,8 @@ def random_resized_crop_boxes(
     fits = (wide > 0) & (tall > 0) & (wide <= width[:, None]) & (tall <= height[:, None])
     first = fits.to(torch.int64).argmax(dim=1, keepdim=True)
     found = fits.any(dim=1)
-    fallback_wide = torch.minimum(width, torch.round(height * ratio[1]))
-    fallback_tall = torch.minimum(height, torch.round(width / ratio[0]))
+    fallback_wide = torch.minimum(width, torch.round(height * ratio[1]).clamp(min=1))
+    fallback_tall = torch.minimum(height, torch.round(width / ratio[0]).clamp(min=1))
     box_width = torch.where(found, wide.gather(1, first)[:, 0], fallback_wide)
     box_height = torch.where(found, tall.gather(1, first)[:, 0], fallback_tall)
     shift = torch.where(found[:, None], drawn[:, _ATTEMPTS], 0.5)
@@ -96,8 +96,10 @@ def crop_resize(
     if flip is not None:
         across = torch.where(flip[:, None, None], across.flip(1), across)
     pixels = rearrange(images.to(torch.float32), "b c h w -> b (c h) w")
-    pixels = rearrange(pixels @ across.mT, "b (c h) w -> b c h w", c=channels)
-    return ((down[:, None] @ pixels) / 255.0).clamp(0.0, 1.0)
+    # Mixed precision would round pixels and weights to 8 bits of mantissa: a view, and a target, is float32.
+    with torch.autocast(images.device.type, enabled=False):
+        pixels = rearrange(pixels @ across.mT, "b (c h) w -> b c h w", c=channels)
+        return ((down[:, None] @ pixels) / 255.0).clamp(0.0, 1.0)
 
 
 def _resampling(start: Tensor, length: Tensor, size: int, canvas: int, interpolation: Interpolation) -> Tensor:

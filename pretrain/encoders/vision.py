@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from timm import create_model, is_model, list_models
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class VisionConfig(BaseModel):
     kind: Literal["vision"] = "vision"
     model: str = "vit_small_patch16_224"
     """Name in timm."""
-    image_size: int = 224
+    image_size: int = Field(default=224, ge=1)
     """Side of the square input, in pixels."""
     model_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to the timm model: patch_size, embed_dim, depth, num_heads, …"""
@@ -35,7 +35,7 @@ class VisionConfig(BaseModel):
     """Fixed 2-D sine-cosine position embeddings (MAE, appendix A.1), or timm's learned ones."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from RGB in [0, 1]; ImageNet's by default."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
     """Then divided by."""
     interpolation: Interpolation = "bicubic"
     """Filter for resizing."""
@@ -53,7 +53,7 @@ def build_vision(config: VisionConfig) -> nn.Module:
         raise UserError(f"encoder.model: timm has no model {config.model!r}{hint}")
     try:
         model = create_model(config.model, pretrained=False, num_classes=0, **timm_arguments(config))
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"encoder: timm's {config.model} refuses {timm_arguments(config)}: {error}") from None
     if isinstance(model, VisionTransformer) and config.positions == "sincos" and model.pos_embed is not None:
         _fix_positions(model)

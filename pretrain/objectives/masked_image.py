@@ -6,11 +6,11 @@ in the place of the others, and predicts the hidden patches' pixels, normalised 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import torch
 from einops import rearrange, repeat
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -21,6 +21,8 @@ from pretrain.encoders.vision import VisionConfig, build_vision, eval_view, sinc
 from pretrain.objectives.protocol import Objective, Output
 from pretrain.views import crop_resize, flips, normalize, random_resized_crop_boxes
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
 
 class MAEConfig(BaseModel):
     """MAE's hyperparameters; the defaults are the paper's (section 3 and table 8)."""
@@ -30,20 +32,29 @@ class MAEConfig(BaseModel):
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
     """Share of patches hidden from the encoder (section 3)."""
-    decoder_width: int = 512
+    decoder_width: int = Field(default=512, ge=1)
     """Width of the decoder (table 1b)."""
-    decoder_depth: int = 8
+    decoder_depth: int = Field(default=8, ge=0)
     """Blocks of the decoder (table 1a)."""
-    decoder_heads: int = 16
-    """Attention heads of the decoder."""
+    decoder_heads: int = Field(default=16, ge=1)
+    """Attention heads of the decoder; they divide its width."""
     normalize_targets: bool = True
     """Predict pixels normalised by their patch's mean and variance (table 1d)."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[Share, Share] = (0.2, 1.0)
     """Area of the random crop as a share of the picture (table 1e: random size)."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)
     """Its aspect, width over height."""
-    flip: float = 0.5
+    flip: float = Field(default=0.5, ge=0, le=1)
     """Probability of a mirrored view."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
+            raise ValueError(f"decoder_width {self.decoder_width} must be a multiple of decoder_heads and of 4")
+        for name, (low, high) in {"crop_scale": self.crop_scale, "crop_ratio": self.crop_ratio}.items():
+            if low > high:
+                raise ValueError(f"{name} [{low}, {high}] must rise")
+        return self
 
 
 class MaskedAutoencoder(Objective):
@@ -53,7 +64,8 @@ class MaskedAutoencoder(Objective):
     decoder_positions: Tensor
 
     def __init__(self, config: MAEConfig, vision: VisionConfig) -> None:
-        """Raises `UserError` when the encoder is no ViT, or no patch would be hidden or visible."""
+        """Raises `UserError` when the encoder is no ViT, its patches do not tile the picture, or none would be
+        hidden or visible."""
         super().__init__()
         self.config, self.vision = config, vision
         encoder = build_vision(vision)
@@ -62,7 +74,14 @@ class MaskedAutoencoder(Objective):
         self.encoder = encoder
         rows, columns = encoder.patch_embed.grid_size
         self.patches = rows * columns
-        self.patch = vision.image_size // rows
+        self.grid = (rows, columns)
+        self.patch = (vision.image_size // rows, vision.image_size // columns)
+        """Height and width of a patch, in pixels."""
+        if (rows * self.patch[0], columns * self.patch[1]) != (vision.image_size, vision.image_size):
+            raise UserError(
+                f"encoder.image_size {vision.image_size} is no multiple of the patches of {vision.model} "
+                f"({rows} x {columns} of them); change one of them"
+            )
         self.visible = round(self.patches * (1 - config.mask_ratio))
         if not 0 < self.visible < self.patches:
             raise UserError(
@@ -76,7 +95,7 @@ class MaskedAutoencoder(Objective):
             *(Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth))
         )
         self.decoder_norm = nn.LayerNorm(width)
-        self.decoder_head = nn.Linear(width, 3 * self.patch**2)
+        self.decoder_head = nn.Linear(width, 3 * self.patch[0] * self.patch[1])
         self._initialise()
 
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
@@ -112,7 +131,7 @@ class MaskedAutoencoder(Objective):
         return encoder.norm(encoder.blocks(encoder.norm_pre(tokens)))
 
     def decode(self, encoded: Tensor, order: Tensor) -> Tensor:
-        """Predicted pixels of the hidden patches, in `order`: (b, hidden, 3 * patch**2)."""
+        """Predicted pixels of the hidden patches, in `order`: (b, hidden, 3 * p * q) for patches of p x q pixels."""
         tokens = self.decoder_embed(encoded)
         prefix = tokens.shape[1] - self.visible
         hidden = self.patches - self.visible
@@ -125,12 +144,15 @@ class MaskedAutoencoder(Objective):
         return self.decoder_head(self.decoder_norm(decoded[:, -hidden:]))
 
     def targets(self, images: Tensor) -> Tensor:
-        """What to predict of each patch: float32 (b, patches, 3 * patch**2)."""
-        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        """What to predict of each patch: float32 (b, patches, 3 * p * q)."""
+        pixels = self._patches(images)
         if not self.config.normalize_targets:
             return pixels
         variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
         return (pixels - mean) / (variance + 1e-6).sqrt()
+
+    def _patches(self, images: Tensor) -> Tensor:
+        return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch[0], q=self.patch[1])
 
     def _hidden(self, patches: Tensor, order: Tensor) -> Tensor:
         return patches.gather(1, repeat(order[:, self.visible :], "b n -> b n d", d=patches.shape[-1]))
@@ -144,7 +166,7 @@ class MaskedAutoencoder(Objective):
         images = eval_view(batch, self.vision)
         order = permutation(batch.keys, "mask", self.patches)
         predicted = self.decode(self.encode(images, order), order).float()
-        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
+        pixels = self._patches(images)
         if self.config.normalize_targets:
             variance, mean = torch.var_mean(self._hidden(pixels, order), dim=-1, keepdim=True)
             predicted = predicted * (variance + 1e-6).sqrt() + mean
@@ -153,8 +175,8 @@ class MaskedAutoencoder(Objective):
         return self._picture(pixels), self._picture(masked), self._picture(filled)
 
     def _picture(self, patches: Tensor) -> Tensor:
-        side = self.vision.image_size // self.patch
-        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=self.patch, q=self.patch)
+        (rows, columns), (p, q) = self.grid, self.patch
+        images = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, w=columns, p=p, q=q)
         mean = torch.tensor(self.vision.mean, device=images.device)[:, None, None]
         return (images * torch.tensor(self.vision.std, device=images.device)[:, None, None] + mean).clamp(0, 1)
 

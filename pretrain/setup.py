@@ -1,0 +1,83 @@
+"""What a run is made of, built from its recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+
+from data.loader import Loader
+from pretrain.accelerator import make_accelerator, wrap
+from pretrain.build import Datasets, build_objective, open_data, resolve
+from pretrain.ema import start_average
+from pretrain.optim import build_optimizer
+from pretrain.recipe import Recipe
+from pretrain.schedules import warmup_cosine
+from pretrain.state import TrainingState
+
+
+@dataclass
+class Setup:
+    """The parts of a run on this process."""
+
+    recipe: Recipe
+    """Resolved: nothing in it is left open."""
+    accelerator: Accelerator
+    data: Datasets
+    state: TrainingState
+    """What changes from step to step, and is saved."""
+    model: nn.Module
+    """`state.objective` as it is called: wrapped for several processes and mixed precision."""
+    loader: Loader
+    steps: int
+    """Optimiser steps of the whole run."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return bool(self.accelerator.is_main_process)
+
+    def lr(self, progress: float) -> float:
+        """The learning rate at `progress`, the share of training done."""
+        optimizer = self.recipe.optimizer
+        return warmup_cosine(progress, optimizer.lr, optimizer.warmup, optimizer.lr * optimizer.final)
+
+
+def prepare(recipe: Recipe, folder: Path) -> Setup:
+    """Everything at its start: initial weights, position 0; writes nothing.
+
+    Args:
+        folder: of the run, where trackers will write.
+
+    Raises:
+        UserError: recipe, data, machine and number of processes do not fit together.
+    """
+    accelerator = make_accelerator(recipe, folder)
+    data = open_data(recipe)
+    recipe = resolve(recipe, data)
+    loader = make_loader(recipe, data, accelerator)
+    objective = build_objective(recipe).to(accelerator.device)
+    average = start_average(objective.exported()) if recipe.train.ema is not None else None
+    optimizer = build_optimizer(objective, recipe.optimizer)
+    if recipe.train.compile:
+        objective.compile()
+    model, optimizer = wrap(accelerator, objective, optimizer)
+    state = TrainingState(objective, optimizer, average, accelerator.scaler)
+    return Setup(recipe, accelerator, data, state, model, loader, recipe.steps(len(data.train)))
+
+
+def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loader:
+    """This process's share of the recipe's global batches."""
+    return Loader(
+        data.train,
+        recipe.train.batch_size,
+        seed=recipe.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        workers=recipe.data.workers,
+        canvas=recipe.data.canvas,
+        microbatch=recipe.train.microbatch,
+        pin_memory=accelerator.device.type == "cuda",
+    )
