@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.probe import knn_scores, rows_at_once, vote
+
 
 class LinearHead(nn.Module):
     """`logits = W norm(features) + b`.
@@ -82,30 +84,16 @@ class NeighbourHead(nn.Module):
 
     def probabilities(self, features: Tensor) -> Tensor:
         """float32 (b, classes), rows sum to 1."""
-        queries = F.normalize(features.float(), dim=1)
-        return torch.cat([self._vote(chunk @ self.bank.T) for chunk in queries.split(self._rows())])
+        return knn_scores(self.bank, self.labels, features, self.classes, self.k, self.temperature)
 
     def leave_one_out(self, rows: Tensor, ks: list[int]) -> list[float]:
         """For each k of `ks`, the accuracy with which the bank's `rows` are classified by all others."""
         hits = [0] * len(ks)
-        for chunk in rows.split(self._rows()):
+        for chunk in rows.split(rows_at_once(self.bank)):
             similarity = self.bank[chunk] @ self.bank.T
             similarity[torch.arange(len(chunk), device=chunk.device), chunk] = -torch.inf
             values, places = similarity.topk(min(max(ks), len(self.bank) - 1), dim=1)
             for i, k in enumerate(ks):
-                votes = self._tally(values[:, :k], self.labels[places[:, :k]])
+                votes = vote(values[:, :k], self.labels[places[:, :k]], self.classes, self.temperature)
                 hits[i] += int((votes.argmax(dim=1) == self.labels[chunk]).sum())
         return [hit / len(rows) for hit in hits]
-
-    def _vote(self, similarity: Tensor) -> Tensor:
-        values, places = similarity.topk(self.k, dim=1)
-        return self._tally(values, self.labels[places])
-
-    def _tally(self, similarity: Tensor, labels: Tensor) -> Tensor:
-        """Shares (b, classes): softmax weights over the neighbours, summed by class."""
-        votes = similarity.new_zeros(len(similarity), self.classes)
-        return votes.scatter_add_(1, labels, (similarity / self.temperature).softmax(dim=1))
-
-    def _rows(self) -> int:
-        """Queries a chunk, so that its similarities take about 64 MiB."""
-        return max(1, 2**24 // len(self.bank))

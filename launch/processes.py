@@ -36,7 +36,7 @@ def launch(count: int, arguments: list[str]) -> int:
 
     words, environment = launch_words(count, arguments)
     os.environ.update(environment)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # the launcher's own accounts of what its workers have said
     try:
         launch_command(launch_command_parser().parse_args(words))
     except SignalException as error:

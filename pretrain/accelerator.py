@@ -38,14 +38,20 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     # Buffers are equal on all ranks by construction; sending them at every step would only cost time.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        return Accelerator(
-            mixed_precision=recipe.train.precision,
-            log_with=recipe.watch.trackers or None,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "trackers")),
-            kwargs_handlers=[handler],
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with=.*` was passed but no supported trackers")
+            accelerator = Accelerator(
+                mixed_precision=recipe.train.precision,
+                log_with=recipe.watch.trackers or None,
+                project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "trackers")),
+                kwargs_handlers=[handler],
+            )
     except (ValueError, ImportError) as error:
         raise UserError(f"watch.trackers {recipe.watch.trackers}: {error}") from None
+    missing = set(recipe.watch.trackers) - {"all"} - {getattr(t, "value", t) for t in accelerator.log_with}
+    if missing:
+        raise UserError(f"watch.trackers: {', '.join(sorted(missing))} is not installed; install it or leave it out")
+    return accelerator
 
 
 def wrap(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:

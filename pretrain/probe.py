@@ -12,7 +12,6 @@ from data.keyed import hash64
 from data.loader import sequential
 from pretrain.encoders.vision import VisionConfig, eval_view
 
-_CHUNK = 1024
 _SUBSET_SEED = 0xBA27
 
 
@@ -26,24 +25,36 @@ def knn_scores(
 ) -> Tensor:
     """Votes of the nearest bank features by cosine, weighted by exp(similarity / temperature).
 
-    Wu et al. 2018, section 3.4; DINO's settings. Works through the queries in chunks and adds votes up
-    in place, so memory is chunk x bank, never chunk x neighbours x classes.
+    Wu et al. 2018, section 3.4; DINO's settings. Works through the queries in chunks, so memory is
+    chunk x bank.
 
     Args:
-        bank: float (n, d) features with int64 `labels` (n,).
+        bank: float (n, d) features, each of length one, with int64 `labels` (n,).
         queries: float (m, d).
 
     Returns:
         float32 (m, classes), rows sum to one.
     """
-    bank = F.normalize(bank.float(), dim=1)
-    scores = torch.zeros(len(queries), classes, device=queries.device)
-    for start in range(0, len(queries), _CHUNK):
-        chunk = F.normalize(queries[start : start + _CHUNK].float(), dim=1)
-        similarity, nearest = (chunk @ bank.T).topk(min(neighbours, len(bank)), dim=1)
-        votes = ((similarity - similarity[:, :1]) / temperature).exp()
-        scores[start : start + _CHUNK].scatter_add_(1, labels[nearest], votes)
-    return scores / scores.sum(dim=1, keepdim=True)
+    scores = []
+    for chunk in queries.split(rows_at_once(bank)):
+        similarity, nearest = (F.normalize(chunk.float(), dim=1) @ bank.T).topk(min(neighbours, len(bank)), dim=1)
+        scores.append(vote(similarity, labels[nearest], classes, temperature))
+    return torch.cat(scores)
+
+
+def vote(similarity: Tensor, labels: Tensor, classes: int, temperature: float = 0.07) -> Tensor:
+    """Shares of the classes among neighbours: (m, classes) from similarities and labels (m, k).
+
+    A neighbour's weight is exp(similarity / temperature); they are added up in place, never spread over
+    m x k x classes.
+    """
+    votes = similarity.new_zeros(len(similarity), classes)
+    return votes.scatter_add_(1, labels, (similarity / temperature).softmax(dim=1))
+
+
+def rows_at_once(bank: Tensor) -> int:
+    """Queries whose similarities to the whole `bank` (n, d) take about 64 MiB."""
+    return max(1, 2**24 // len(bank))
 
 
 @torch.no_grad()
@@ -88,5 +99,5 @@ def online_knn(
     bank, labels = features(encoder, train, config, canvas, bank_ids)
     queries, truth = features(encoder, validation, config, canvas, query_ids)
     classes = int(max(labels.max(), truth.max())) + 1
-    guesses = knn_scores(bank, labels, queries, classes, neighbours).argmax(dim=1)
+    guesses = knn_scores(F.normalize(bank, dim=1), labels, queries, classes, neighbours).argmax(dim=1)
     return (guesses == truth).float().mean().item()
