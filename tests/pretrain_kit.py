@@ -1,0 +1,102 @@
+"""Tiny recipes and data that the pre-training tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+
+from data.embedded import shard_digits
+from data.text import shard_text
+from pretrain.recipe import Recipe, parse_recipe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+
+MAE: dict[str, Any] = {
+    "name": "tiny_mae",
+    "data": {"canvas": 8, "workers": 0},
+    "encoder": {
+        "kind": "vision",
+        "model": "vit_tiny_patch16_224",
+        "image_size": 16,
+        "model_args": {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False},
+    },
+    "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, "crop_scale": [0.6, 1.0]},
+    "optimizer": {"lr": 2e-3},
+    "train": {"batch_size": 16, "steps": 12},
+    "watch": {"log_every": 1, "evaluate_every": 0, "checkpoint_every": 4},
+}
+NEXT_TOKEN: dict[str, Any] = {
+    "name": "tiny_text",
+    "data": {"workers": 0},
+    "encoder": {"kind": "text", "width": 32, "depth": 1, "heads": 2, "intermediate_size": 32, "context": 32},
+    "objective": {"name": "next_token"},
+    "optimizer": {"lr": 2e-3},
+    "train": {"batch_size": 8, "steps": 12},
+    "watch": {"log_every": 1, "evaluate_every": 0, "checkpoint_every": 4},
+}
+BASES = {"mae": MAE, "next_token": NEXT_TOKEN}
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """scikit-learn's digits: a folder with the shards `train` and `test`."""
+    out = tmp_path_factory.mktemp("digits")
+    shard_digits(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of short documents of very different lengths."""
+    folder = tmp_path_factory.mktemp("sentences")
+    lines = [f"{n} bottles of beer on the wall, " * (1 + n % 7) + "so it goes." for n in range(400)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    shard_text([folder / "text.txt"], folder / "shards", vocab_size=300, document="line", progress=False)
+    return folder / "shards"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> None:
+    """Accelerate keeps one state a process; each test starts with none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.use_deterministic_algorithms(False)
+
+
+def tree(objective: str, data: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The tiny recipe of an objective over `data`, with settings such as `{"train.steps": 3}`."""
+    copy: dict[str, Any] = yaml.safe_load(yaml.safe_dump(BASES[objective]))
+    for key, value in ({"data.train": str(data)} | settings).items():
+        node = copy
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return copy
+
+
+def recipe(objective: str, data: Path, settings: dict[str, Any] | None = None) -> Recipe:
+    """The same as a checked recipe."""
+    return parse_recipe(tree(objective, data, settings or {}), "the test's recipe")
+
+
+def write_recipe(path: Path, objective: str, data: Path, settings: dict[str, Any] | None = None) -> Path:
+    """The same as a file."""
+    path.write_text(yaml.safe_dump(tree(objective, data, settings or {})))
+    return path
+
+
+def run(*words: str | Path, cwd: Path | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` to its end and return it, output as text."""
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
