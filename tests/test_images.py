@@ -85,10 +85,11 @@ def test_cameras_that_were_held_sideways(orientation: int, upright) -> None:
 
 
 def test_damaged_exif_says_nothing_about_the_pixels() -> None:
-    payload = encoded(
-        Image.fromarray(COLOUR), "JPEG", quality=98, subsampling=0, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
-    )
-    assert np.abs(decoded(payload).astype(int) - COLOUR).max() <= 8
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
+    payload = encoded(Image.fromarray(COLOUR), "JPEG", quality=98, subsampling=0, exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about the EXIF
+        assert np.abs(decoded(payload).astype(int) - COLOUR).max() <= 8
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from(["PNG", "JPEG", "WEBP"]))
@@ -192,7 +193,7 @@ def test_pillows_own_limit_is_left_as_it_is() -> None:
 @pytest.mark.parametrize("payload", [b"", b"hello, world", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff", b"II*\0"])
 def test_what_is_no_picture_is_refused(payload: bytes) -> None:
     for reader in (verify, open_image):
-        with pytest.raises(UnreadableImage, match="."):
+        with pytest.raises(UnreadableImage, match=r"."):
             reader(payload)
 
 
