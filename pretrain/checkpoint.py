@@ -64,7 +64,7 @@ def _save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
     files = sorted(temporary.iterdir())
     manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    shutil.rmtree(final, ignore_errors=True)
+    _remove(final)
     os.replace(temporary, final)
     sync_folder(folder)
     write_atomically(folder / "LATEST", name + "\n")
@@ -167,12 +167,21 @@ def _prune(folder: Path, name: str, keep: int) -> None:
     # A later one is left of a run that went on from an older checkpoint: damaged, or it would have been taken.
     stale += [path for path in found if path.name > name and problem(path)]
     for path in stale:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     for path in folder.glob(".*.partial"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Hide a checkpoint, then delete it: one that is half gone is never to be seen."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.old.partial")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:

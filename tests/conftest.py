@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pretrain_kit import digits, fresh_accelerate, sentences  # noqa: F401 - fixtures
 
 from data.shards import DatasetWriter
 

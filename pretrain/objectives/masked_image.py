@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 import torch
 from einops import rearrange, repeat
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -77,10 +78,12 @@ class MaskedAutoencoder(Objective):
         self.grid = (rows, columns)
         self.patch = (vision.image_size // rows, vision.image_size // columns)
         """Height and width of a patch, in pixels."""
+        if isinstance(encoder.patch_embed, PatchEmbed):  # others (hybrids) count patches on a feature map
+            self.patch = encoder.patch_embed.patch_size
         if (rows * self.patch[0], columns * self.patch[1]) != (vision.image_size, vision.image_size):
             raise UserError(
-                f"encoder.image_size {vision.image_size} is no multiple of the patches of {vision.model} "
-                f"({rows} x {columns} of them); change one of them"
+                f"encoder.image_size {vision.image_size} is no multiple of the patches of {vision.model}, "
+                f"{self.patch[0]} x {self.patch[1]} pixels; change one of them"
             )
         self.visible = round(self.patches * (1 - config.mask_ratio))
         if not 0 < self.visible < self.patches:

@@ -1,0 +1,248 @@
+"""Laws of checkpoints: whole or not there, believed only after checking, and nothing in them runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretrain_kit import recipe
+from torch import Tensor
+
+from data.errors import UserError
+from pretrain import checkpoint
+from pretrain.checkpoint import Checkpoint, choose, newest, problem, read
+from pretrain.loop import take_step
+from pretrain.setup import Setup, prepare
+
+
+def made(step: int) -> Checkpoint:
+    """A small checkpoint that tells which step it is of."""
+    tensors = {"w": torch.full((3, 2), float(step)), "n": torch.tensor(step), "b": torch.arange(5).bfloat16()}
+    return Checkpoint({"model": tensors, "optimizer": {"w::exp_avg": torch.randn(3, 2)}}, {"step": step})
+
+
+def save(folder: Path, step: int, keep: int = 3) -> Path:
+    return checkpoint.save(folder, f"step-{step:09d}", made(step), keep)
+
+
+def step_of(path: Path | None) -> int | None:
+    return None if path is None else int(read(path).state["step"])
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+def trained(digits: Path, folder: Path, steps: int) -> Setup:
+    """A run's parts after some steps, with everything that a checkpoint may hold."""
+    torch.manual_seed(steps)
+    setup = prepare(recipe("mae", digits / "train", {"train.ema": 0.9}), folder)
+    batches = iter(setup.loader)
+    for _ in range(steps):
+        take_step(setup, batches)
+    return setup
+
+
+def all_tensors(setup: Setup) -> dict[str, Tensor]:
+    snapshot = setup.state.snapshot(setup.recipe, "")
+    return {f"{kind}/{name}": t.clone() for kind, part in snapshot.tensors.items() for name, t in part.items()}
+
+
+def test_a_training_state_returns_bit_for_bit(digits: Path, tmp_path: Path) -> None:
+    setup = trained(digits, tmp_path, 3)
+    before = all_tensors(setup)
+    assert {name.partition("/")[0] for name in before} == {"model", "optimizer", "ema"}
+    path = checkpoint.save(tmp_path, "step-000000003", setup.state.snapshot(setup.recipe, "f"), 1)
+    fresh = trained(digits, tmp_path, 0)
+    assert not torch.equal(all_tensors(fresh)["model/decoder_head.weight"], before["model/decoder_head.weight"])
+    fresh.state.restore(path, fresh.recipe, "f")
+    after = all_tensors(fresh)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+    assert (fresh.state.step, fresh.state.position, fresh.state.skipped) == (3, 48, 0)
+
+
+def test_nothing_in_a_checkpoint_runs(digits: Path, tmp_path: Path) -> None:
+    setup = trained(digits, tmp_path, 1)
+    path = checkpoint.save(tmp_path, "step-000000001", setup.state.snapshot(setup.recipe, "f"), 1)
+    names = sorted(file.name for file in path.iterdir())
+    assert names == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    for file in path.iterdir():
+        start = file.read_bytes()[:10]
+        assert not start.startswith((b"\x80", b"PK"))  # a pickle, torch's zip of pickles
+        assert start[:1] == b"{" or start[8:9] == b"{"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective.mask_ratio": 0.5}, "objective.mask_ratio: 0.75 -> 0.5"),
+        ({"optimizer.lr": 0.5}, "optimizer.lr: 0.002 -> 0.5"),
+        ({"data.validation": 0.1}, "data.validation: None -> 0.1"),
+    ],
+)
+def test_another_recipe_is_refused_with_the_difference(
+    digits: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    setup = trained(digits, tmp_path, 0)
+    path = checkpoint.save(tmp_path, "step-000000000", setup.state.snapshot(setup.recipe, "f"), 1)
+    with pytest.raises(UserError) as caught:
+        setup.state.restore(path, recipe("mae", digits / "train", change | {"train.ema": 0.9}), "f")
+    assert words in str(caught.value)
+    with pytest.raises(UserError, match="other data"):
+        setup.state.restore(path, setup.recipe, "g")
+
+
+def test_keep_is_respected(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        save(tmp_path, step, keep=2)
+        assert (tmp_path / "LATEST").read_text() == f"step-{step:09d}\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-000000004", "step-000000005"]
+
+
+def test_going_on_from_an_older_one_keeps_what_is_new(tmp_path: Path) -> None:
+    for step in (1, 5, 6):
+        save(tmp_path, step)
+    for step in (5, 6):
+        (tmp_path / f"step-{step:09d}" / "state.json").write_text("{")
+    assert step_of(newest(tmp_path, ignore)) == 1
+    save(tmp_path, 2, keep=2)
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000000001", "step-000000002"]
+    assert step_of(newest(tmp_path, ignore)) == 2
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path, place: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "first bit": lambda path: flip(path, 0.0),
+    "middle bit": flip,
+    "last bit": lambda path: flip(path, 1.0),
+    "missing": Path.unlink,
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, damage: str) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    said: list[str] = []
+    DAMAGES[damage](tmp_path / "step-000000002" / name)
+    assert step_of(choose(tmp_path, "auto", said.append)) == 1
+    assert len(said) == 1
+    assert "step-000000002" in said[0]
+    with pytest.raises(UserError, match="step-000000002"):
+        choose(tmp_path, str(tmp_path / "step-000000002"))
+    DAMAGES[damage](tmp_path / "step-000000001" / name)
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        choose(tmp_path, "auto")
+
+
+def test_every_flipped_byte_of_the_manifest_is_harmless_or_seen(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    content = (path / "manifest.json").read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 4
+        (path / "manifest.json").write_bytes(bytes(changed))
+        if problem(path) is None:
+            assert step_of(path) == 1
+            assert {file.name for file in path.glob("*.*")} >= {"model.safetensors", "state.json"}
+    (path / "manifest.json").write_bytes(content)
+    assert problem(path) is None
+
+
+def test_where_a_run_goes_on(tmp_path: Path) -> None:
+    assert choose(tmp_path / "none", "auto") is None
+    assert choose(tmp_path / "none", "never") is None
+    path = save(tmp_path, 1)
+    assert choose(tmp_path / "none", str(path)) == path
+    with pytest.raises(UserError, match="already holds checkpoints"):
+        choose(tmp_path, "never")
+    with pytest.raises(UserError, match=r"cannot be used: manifest\.json cannot be read"):
+        choose(tmp_path, str(tmp_path / "nowhere"))
+
+
+class Crash(BaseException):
+    """The machine stops here."""
+
+
+class Countdown:
+    """Stops at the `n`-th call of any wrapped function: before it, or with a write half done."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def wrap(self, function: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                if half is not None:
+                    half(*args)
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+def half_written(tensors: dict[str, Tensor], path: Path) -> None:
+    Path(path).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+
+
+def test_a_crash_anywhere_in_a_save_leaves_a_whole_newest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, crashed = 0, True
+    while crashed:
+        at += 1
+        folder = tmp_path / str(at)
+        save(folder, 1, keep=1)
+        with monkeypatch.context() as patch:
+            count = Countdown(at)
+            for name in ("replace", "fsync", "open", "mkdir", "unlink", "rmdir"):
+                patch.setattr(os, name, count.wrap(getattr(os, name)))
+            patch.setattr(checkpoint, "save_file", count.wrap(checkpoint.save_file, half_written))
+            patch.setattr(shutil, "rmtree", count.wrap(shutil.rmtree))
+            try:
+                save(folder, 2, keep=1)
+                crashed = False
+            except Crash:
+                pass
+        said: list[str] = []
+        found = step_of(newest(folder, said.append))
+        assert found in (1, 2), f"crash at call {at}"
+        assert found == 2 or crashed
+        visible = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        assert not said, f"a half checkpoint is visible after a crash at call {at}: {said}"
+        assert all(problem(path) is None for path in visible), f"crash at call {at}"
+        # The next save clears whatever the crash left.
+        save(folder, 3, keep=1)
+        assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step-000000003"]
+    assert at > 15
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            save(tmp_path, 2)
+    assert step_of(newest(tmp_path, ignore)) == 1
