@@ -35,7 +35,7 @@ class _Epoch(NamedTuple):
     shards: Ints
     """Shard numbers in this epoch's order."""
     block_starts: Ints
-    """First position of each block within the epoch, and the epoch's length at the end."""
+    """First position of each block within the epoch."""
 
 
 class Order:
@@ -70,11 +70,8 @@ class Order:
         if epoch not in self._epochs:
             numbers = np.arange(len(self.counts), dtype=np.int64)
             shards = np.argsort(hash64(self.seed, epoch, _SHARDS, numbers), kind="stable")
-            ends = np.concatenate([[0], np.cumsum(self.counts[shards])])
-            starts = ends[:: self.block_shards]
-            if (len(self.counts) % self.block_shards) != 0:
-                starts = np.append(starts, ends[-1])
-            _remember(self._epochs, epoch, _Epoch(shards, starts))
+            starts = np.cumsum(self.counts[shards]) - self.counts[shards]
+            _remember(self._epochs, epoch, _Epoch(shards, starts[:: self.block_shards]))
         return self._epochs[epoch]
 
     def _block(self, epoch: int, block: int) -> tuple[Ints, Ints]:
