@@ -1,0 +1,62 @@
+"""One process's view of a global batch: which samples, which views, which gradient. Started twice by a test."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.batch import ImageBatch
+from pretrain.gradient import global_gradient
+from pretrain.objectives.masked_image import MaskedAutoencoder
+from pretrain.objectives.next_token import NextToken
+from pretrain.recipe import Recipe, load_recipe
+from pretrain.setup import prepare
+
+
+def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
+    """The first global batches as this process meets them, and the last one's gradient."""
+    setup = prepare(recipe, folder)
+    objective = setup.state.objective
+    ids: list[int] = []
+    views: list[str] = []
+    targets = 0.0
+
+    def watched(loader: Iterator[Any]) -> Iterator[Any]:
+        nonlocal targets
+        for batch in loader:
+            ids.extend(batch.ids.tolist())
+            if isinstance(batch, ImageBatch):
+                assert isinstance(objective, MaskedAutoencoder)
+                seen = objective.view(batch)
+            else:
+                assert isinstance(objective, NextToken)
+                seen = batch.tokens
+                targets += objective.targets(batch.tokens, batch.documents)[1].sum().item()
+            views.extend(hashlib.sha256(sample.contiguous().numpy().tobytes()).hexdigest() for sample in seen)
+            yield batch
+
+    stream = watched(iter(setup.loader))
+    for _ in range(batches):
+        setup.state.optimizer.zero_grad()
+        sums = global_gradient(setup, stream, 0.3)
+    gradient = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
+    return {
+        "ids": ids,
+        "views": views,
+        "targets": targets,
+        "gradient": gradient,
+        "loss": sums.loss,
+        "count": sums.count,
+        "norm": sums.norm,
+        "metrics": sums.metrics,
+    }
+
+
+if __name__ == "__main__":
+    out, *recipes = map(Path, sys.argv[1:])
+    torch.save([observe(load_recipe(path), out.parent) for path in recipes], out)
