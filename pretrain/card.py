@@ -12,7 +12,7 @@ import timm, torch
 encoder = timm.create_model("local-dir:.", pretrained=True).eval()   # "." is this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 features = encoder(torch.zeros(1, 3, {size}, {size}))
-print(features.shape)   # (1, {features})
+print(tuple(features.shape))   # (1, {features})
 ```
 
 The same folder loads with `transformers.AutoModel.from_pretrained(".")`."""
