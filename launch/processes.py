@@ -43,6 +43,8 @@ def launch(count: int, arguments: list[str]) -> int:
         return 128 + int(error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if any(each.exitcode == 2 for each in error.failures.values()):
+            return 2
         if failure.exitcode >= 0:
             return int(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name

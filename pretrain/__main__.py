@@ -45,6 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         if main:
             print(f"headwater: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        # What is left of a process whose peer has ended; the peer, or the launcher, says why.
+        if "RANK" in os.environ and "closed by peer" in str(error):
+            return 1
+        raise
     except KeyboardInterrupt:
         if main:
             print("headwater: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,10 @@ _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
 
 
+class AgreedError(UserError):
+    """Raised on all processes alike."""
+
+
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """An `Accelerator` for the devices at hand; accumulation and batch sizes stay ours.
 
@@ -34,6 +38,8 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; use bf16 or no")
+    if recipe.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     # Buffers are equal on all ranks by construction; sending them at every step would only cost time.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -67,7 +73,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
     """What `action` returns on the main process, on every process.
 
     Raises:
-        UserError: what `action` raised, on every process, so that none waits for the others.
+        AgreedError: what `action` raised as `UserError`, on every process, so that none waits for the others.
     """
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -77,8 +83,21 @@ def on_main(accelerator: Accelerator, action: Callable[[], T]) -> T:
             answer[1] = str(error)
     broadcast_object_list(answer)
     if answer[1] is not None:
-        raise UserError(answer[1])
+        raise AgreedError(answer[1])
     return answer[0]
+
+
+@contextlib.contextmanager
+def heard(accelerator: Accelerator) -> Iterator[None]:
+    """Let each process say what only it may have met, such as a damaged shard; else the main one speaks."""
+    try:
+        yield
+    except AgreedError:
+        raise
+    except UserError as error:
+        if not accelerator.is_main_process:
+            print(f"headwater: process {accelerator.process_index}: {error}", file=sys.stderr, flush=True)
+        raise
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:

@@ -30,7 +30,9 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = build_objective(recipe).to(device)
     parameters = sum(p.numel() for p in objective.parameters())
-    size = min(_SAMPLES, recipe.train.batch_size)
+    train = recipe.train
+    Loader(data.train, train.batch_size, canvas=recipe.data.canvas, microbatch=train.microbatch)  # can it be split?
+    size = min(_SAMPLES, train.batch_size)
     loader = Loader(data.train, size, seed=recipe.seed, canvas=recipe.data.canvas)
     batches = iter(loader)
     seconds = []

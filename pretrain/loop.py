@@ -11,7 +11,7 @@ import torch
 
 from data.keyed import hash64
 from pretrain import checkpoint
-from pretrain.accelerator import on_main, start_trackers
+from pretrain.accelerator import heard, on_main, start_trackers
 from pretrain.ema import update_average
 from pretrain.evaluate import evaluate
 from pretrain.export import export, exported_step
@@ -58,7 +58,7 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     on_main(accelerator, lambda: run.begin(recipe, state.step))
     start_trackers(accelerator, recipe)
     line.say(_opening(setup, start))
-    with run.watched(state):
+    with run.watched(state), heard(accelerator):
         _run(setup, run, line)
         if setup.main:
             export(recipe, state, setup.data, run.export)

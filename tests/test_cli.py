@@ -14,6 +14,8 @@ from conftest import picture
 from pretrain_kit import recipe, run, write_recipe
 from torch import Tensor, nn
 
+from data.dataset import ShardedDataset
+from data.loader import Loader
 from launch.cli import main
 from pretrain import loop
 from pretrain.loop import take_step
@@ -188,6 +190,23 @@ def test_two_processes_end_with_one_sentence(tiny: Path, tmp_path: Path) -> None
     assert done.stderr.startswith("headwater: a global batch of 17 cannot be split evenly over 2 processes")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_of_two_processes_meets_ends_both(rank: int, tiny: Path, digits: Path, tmp_path: Path) -> None:
+    shutil.copytree(digits / "train", tmp_path / "shards")
+    loader = Loader(ShardedDataset(tmp_path / "shards"), 16, rank=rank, world_size=2, canvas=8, start=16 * 4)
+    dataset, identity = ShardedDataset(tmp_path / "shards"), int(next(iter(loader)).ids[3])
+    payload, key = dataset.image(identity)[0], dataset.key(identity)
+    for shard in (tmp_path / "shards").glob("*.tar"):
+        content = shard.read_bytes()
+        shard.write_bytes(content.replace(payload, payload[:-1] + b"!"))
+    words = ["pretrain", tiny, "--processes", "2", f"data.train={tmp_path / 'shards'}", "--output", tmp_path / "run"]
+    done = run("-m", "launch.cli", *words, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"sample {key!r} does not match" in done.stderr
 
 
 class Poisoned(nn.Module):
