@@ -71,11 +71,12 @@ def standard_library_sources(most_bytes: int = 8_000_000) -> list[Path]:
     return sorted(chosen)
 
 
-def write_source_task(out: Path, classes: int = 6) -> tuple[Path, Path, Path]:
+def write_source_task(out: Path, classes: int = 6, most: int = 80) -> tuple[Path, Path, Path]:
     """Source code as unlabelled text and as a labelled task: which package does a snippet come from?
 
-    The `classes` packages of the standard library with the most source make the task. A quarter of each
-    one's files is for testing and appears nowhere else.
+    The `classes` packages of the standard library with the most source make the task, with up to `most`
+    snippets each for training and for testing. A quarter of each one's files is for testing and appears
+    nowhere else.
 
     Returns:
         A folder of unlabelled files, and JSONL files of labelled snippets (`text`, `label`) for training and
@@ -92,13 +93,13 @@ def write_source_task(out: Path, classes: int = 6) -> tuple[Path, Path, Path]:
     largest = sorted((name for name in packages if len(packages[name]) >= 8), key=lambda name: -weights[name])
     chosen = sorted(largest[:classes])
     sides: dict[str, list[dict[str, str]]] = {"train": [], "test": []}
-    tested: set[Path] = set()
+    tested = {path for name in chosen for path in packages[name][3::4]}
     for name in chosen:
-        for number, path in enumerate(packages[name]):
-            side = "test" if number % 4 == 3 else "train"
-            tested |= {path} if side == "test" else set()
-            snippets = _snippets(path.read_text(encoding="utf-8", errors="replace"))
-            sides[side] += [{"text": text, "label": name} for text in snippets]
+        for side in sides:
+            paths = [path for path in packages[name] if (path in tested) == (side == "test")]
+            found = [text for path in paths for text in _snippets(path)]
+            order = np.argsort(hash64(_SPLIT_SEED, np.arange(len(found), dtype=np.int64)), kind="stable")
+            sides[side] += [{"text": found[number], "label": name} for number in order[:most]]
     (out / "unlabelled").mkdir(parents=True)
     for path in files:
         if path not in tested:
@@ -110,8 +111,8 @@ def write_source_task(out: Path, classes: int = 6) -> tuple[Path, Path, Path]:
     return out / "unlabelled", out / "train.jsonl", out / "test.jsonl"
 
 
-def _snippets(source: str, lines: int = 12) -> list[str]:
-    """Pieces of `lines` lines, without the nearly empty ones."""
-    rows = source.splitlines()
+def _snippets(path: Path, lines: int = 6) -> list[str]:
+    """Pieces of `lines` lines of a file, without the nearly empty ones."""
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
     pieces = ["\n".join(rows[start : start + lines]) for start in range(0, len(rows), lines)]
-    return [piece for piece in pieces if len(piece.split()) >= 20]
+    return [piece for piece in pieces if len(piece.split()) >= 12]

@@ -19,10 +19,12 @@ from data.errors import UserError
 Kind = Literal["images", "text"]
 BUDGETS = (1, 3, 10, 30)
 """Labels a class."""
-SETTINGS: dict[str, dict[str, Any]] = {
-    "pre-trained, full fine-tuning": {"lr": 1e-3, "layer_decay": 0.9, "min_steps": 250, "epochs": 1.0},
-    "from scratch": {"lr": 2e-3, "min_steps": 250, "epochs": 1.0},
-    "raw pixels": {"standardize": False},
+SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("images", "pre-trained, full fine-tuning"): {"lr": 1e-3, "layer_decay": 0.9, "min_steps": 250, "epochs": 1.0},
+    ("images", "from scratch"): {"lr": 2e-3, "min_steps": 250, "epochs": 1.0},
+    ("images", "raw pixels"): {"standardize": False},
+    ("text", "pre-trained, full fine-tuning"): {"lr": 1e-3, "min_steps": 100, "epochs": 1.0, "batch_size": 16},
+    ("text", "from scratch"): {"lr": 2e-3, "min_steps": 100, "epochs": 1.0, "batch_size": 16},
 }
 """Learning rates are fixed, each at the better of two tried, so that all takes minutes; `headwater finetune`
 chooses among several by an inner split. Pixels share a unit: standardised, they make a weaker control."""
@@ -196,7 +198,7 @@ def _study(export: Path, train: Path, test: Path, seeds: int, kind: Kind) -> lis
                 labels_per_class=budget,
                 seeds=range(draws),
                 report=lambda _: None,
-                **SETTINGS.get(name, {}),
+                **SETTINGS.get((kind, name), {}),
             )
             curve.accuracy.append(results["accuracy"])
             curve.low.append(results["interval"][0])
