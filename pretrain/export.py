@@ -233,7 +233,9 @@ def _foreign_outputs(folder: Path, kind: str, golden: dict[str, Tensor]) -> Tens
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return model(golden["inputs"])
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
     return model(golden["inputs"]).logits[:, -golden["outputs"].shape[1] :].float()
 

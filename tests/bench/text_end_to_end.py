@@ -54,7 +54,7 @@ def main(source: Path, work: Path, settings: list[str]) -> None:
 
 def held_out(export: Path, shards: Path, heldout: Path) -> dict[str, float]:
     """Model and bigram on the same targets."""
-    objective, recipe = load_objective(export)
+    objective, _ = load_objective(export)
     assert isinstance(objective, NextToken)
     context, lengths = objective.encoder.config.context, token_bytes(load(shards))
     train_set, test_set = ShardedDataset(shards, context=context), ShardedDataset(heldout, context=context)
