@@ -116,6 +116,16 @@ def test_going_on_from_an_older_one_keeps_what_is_new(tmp_path: Path) -> None:
     assert step_of(newest(tmp_path, ignore)) == 2
 
 
+def test_a_checkpoint_of_the_same_step_takes_the_place_of_a_damaged_one(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    truncate(path / "model.safetensors")
+    (path / "other.safetensors").write_text("left over")
+    save(tmp_path, 1)
+    assert problem(path) is None
+    assert not (path / "other.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", path.name]
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 

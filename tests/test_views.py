@@ -90,6 +90,14 @@ def test_boxes_follow_random_resized_crop() -> None:
     assert abs((left / (1000 - width + 1))[free].mean() - 0.5) < 0.01
 
 
+def test_a_box_may_lie_at_every_place() -> None:
+    sizes = torch.full((3000, 2), 3)
+    boxes = random_resized_crop_boxes(keys(3000), sizes, scale=(1 / 9, 1 / 9), ratio=(1.0, 1.0))
+    assert (boxes[:, 2:] == 1).all()
+    places = torch.bincount(boxes[:, 0] * 3 + boxes[:, 1], minlength=9) / 3000
+    assert_close(places, torch.full((9,), 1 / 9), atol=0.025, rtol=0)
+
+
 def test_distribution_of_boxes_is_torchvision_s() -> None:
     from torchvision.transforms import RandomResizedCrop
 
