@@ -41,9 +41,7 @@ def fit_frozen(
     if strategy == "knn":
         head, chosen = fit_neighbours(features, labels, len(classes), seed, settings.k, settings.temperature)
         return TaskModel(encoder, head, classes, {"chosen": chosen})
-    linear, chosen = fit_linear(
-        features, labels, len(classes), seed, settings.strength, settings.standardize
-    )
+    linear, chosen = fit_linear(features, labels, len(classes), seed, settings.strength, settings.standardize)
     return TaskModel(encoder, linear, classes, {"chosen": chosen})
 
 
