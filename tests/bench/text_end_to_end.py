@@ -32,7 +32,8 @@ from pretrain.recipe import load_recipe
 from pretrain.reload import load_objective
 from pretrain.text_metrics import KneserNeyBigram, bits_per_byte
 
-SEEDS = 3
+BUDGETS = {50: 3, None: 1}
+"""Labels a class (None: all) and how many draws of them."""
 
 
 def main(source: Path, work: Path, settings: list[str]) -> None:
@@ -72,14 +73,14 @@ def sentiment(export: Path, sst2: Path) -> dict[str, dict]:
     assert isinstance(encoder, DocumentEncoder)
     task = load_task(sst2 / "train.tsv", sst2 / "test.tsv", encoder)
     found = {}
-    for labels in (50, 500, None):
+    for labels, seeds in BUDGETS.items():
         for name, features, strategy in (
             ("pre-trained, full", encoder, "full"),
             ("from scratch", encoder, "scratch"),
             ("pre-trained, linear", encoder, "linear"),
             ("bag of tokens, linear", BagOfTokens(encoder), "linear"),
         ):
-            judged = finetune(features, task, strategy=strategy, labels_per_class=labels, seeds=range(SEEDS))
+            judged = finetune(features, task, strategy=strategy, labels_per_class=labels, seeds=range(seeds))
             key = f"{name}, {'all' if labels is None else 2 * labels} labels"
             found[key] = {"accuracy": round(judged["accuracy"], 4), "interval": judged["interval"]}
     return found
