@@ -27,7 +27,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     "raw pixels": {"color": "black", "linewidth": 1.2, "marker": ".", "linestyle": ":"},
     "bag of tokens": {"color": "black", "linewidth": 1.2, "marker": ".", "linestyle": ":"},
 }
-_PICTURES = 5
+_PICTURES = 4
 
 
 def draw(

@@ -20,8 +20,8 @@ Kind = Literal["images", "text"]
 BUDGETS = (1, 3, 10, 30)
 """Labels a class."""
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("images", "pre-trained, full fine-tuning"): {"lr": 1e-3, "layer_decay": 0.9, "min_steps": 250, "epochs": 1.0},
-    ("images", "from scratch"): {"lr": 2e-3, "min_steps": 250, "epochs": 1.0},
+    ("images", "pre-trained, full fine-tuning"): {"lr": 1e-3, "layer_decay": 0.9, "min_steps": 200, "epochs": 1.0},
+    ("images", "from scratch"): {"lr": 2e-3, "min_steps": 200, "epochs": 1.0},
     ("images", "raw pixels"): {"standardize": False},
     ("text", "pre-trained, full fine-tuning"): {"lr": 1e-3, "min_steps": 80, "epochs": 1.0, "batch_size": 16},
     ("text", "from scratch"): {"lr": 2e-3, "min_steps": 80, "epochs": 1.0, "batch_size": 16},
@@ -94,13 +94,9 @@ def judge(curves: list[Curve]) -> str:
     for name in ("from scratch", "untrained encoder", "raw pixels", "bag of tokens"):
         if name not in best:
             continue
-        gains = [100 * (max(c.accuracy[i] for c in ours) - best[name].accuracy[i]) for i in range(len(BUDGETS))]
-        won = sum(gain > 0 for gain in gains)
-        if won:
-            low, high = min(gains), max(gains)
-            parts.append(f"{low:+.0f} to {high:+.0f} points against {name}")
-        else:
-            parts.append(f"no benefit over {name} ({min(gains):+.0f} to {max(gains):+.0f} points)")
+        gains = [round(100 * (max(c.accuracy[i] for c in ours) - best[name].accuracy[i])) for i in range(len(BUDGETS))]
+        points = f"{min(gains):+d} to {max(gains):+d} points"
+        parts.append(f"{points} against {name}" if max(gains) > 0 else f"no benefit over {name} ({points})")
     return "pre-training, the better of its two strategies at each budget: " + ", ".join(parts)
 
 

@@ -32,7 +32,7 @@ from pretrain.recipe import load_recipe
 from pretrain.reload import load_objective
 from pretrain.text_metrics import KneserNeyBigram, bits_per_byte
 
-BUDGETS = {50: 3, None: 1}
+BUDGETS = {None: 1, 50: 3}
 """Labels a class (None: all) and how many draws of them."""
 
 
