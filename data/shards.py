@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from data.errors import UserError
-from data.files import sha256, sync_folder, write_atomically
+from data.files import sha256, sync, write_atomically
 from data.index import ShardIndex, checksum, join_keys
 from data.tar import BLOCK
 
@@ -155,7 +155,7 @@ class DatasetWriter:
                 if old.exists():
                     os.replace(old, self.out)
                 raise
-            sync_folder(self.out.parent)
+            sync(self.out.parent)
             shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager

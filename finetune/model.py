@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.errors import UserError
-from data.files import sha256, sync_folder
+from data.files import sha256, sync
 from finetune.encoder import Encoder, load_encoder
 from finetune.features import accelerator_for, extract
 from finetune.heads import LinearHead, NeighbourHead
@@ -115,11 +115,11 @@ def publish(hidden: Path, output: Path) -> None:
             os.fsync(descriptor)
             os.close(descriptor)
         else:
-            sync_folder(path)
+            sync(path)
     if output.exists():
         shutil.rmtree(output) if output.is_dir() else output.unlink()
     os.replace(hidden, output)
-    sync_folder(output.parent)
+    sync(output.parent)
 
 
 def _describe(head: Head) -> dict[str, Any]:

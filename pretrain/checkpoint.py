@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from data.errors import UserError
-from data.files import sha256, sync_folder, write_atomically
+from data.files import sha256, sync, write_atomically
 
 MANIFEST = "manifest.json"
 
@@ -59,14 +59,14 @@ def _save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
     for kind, tensors in checkpoint.tensors.items():
         path = temporary / f"{kind}.safetensors"
         save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-        _sync_file(path)
+        sync(path)
     write_atomically(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
     files = sorted(temporary.iterdir())
     manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
     _remove(final)
     os.replace(temporary, final)
-    sync_folder(folder)
+    sync(folder)
     write_atomically(folder / "LATEST", name + "\n")
     _prune(folder, name, keep)
     return final
@@ -182,11 +182,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

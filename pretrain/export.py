@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.errors import UserError
-from data.files import sha256, sync_folder, write_atomically
+from data.files import sha256, sync, write_atomically
 from data.loader import sequential
 from pretrain.build import Datasets, build_objective, open_data
 from pretrain.card import model_card
@@ -66,7 +66,7 @@ def export(recipe: Recipe, state: TrainingState, data: Datasets, out: Path) -> d
         raise
     shutil.rmtree(out, ignore_errors=True)
     os.replace(temporary, out)
-    sync_folder(out.parent)
+    sync(out.parent)
     return about
 
 
