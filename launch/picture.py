@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 
@@ -49,7 +50,7 @@ def draw(
         _reconstructions(figure, right, export, test)
     else:
         _sample(figure.add_subplot(right), export)
-    figure.suptitle("\n".join(textwrap.wrap(verdict[0].upper() + verdict[1:], 150)), fontsize=10)
+    figure.suptitle("\n".join(textwrap.wrap(verdict[0].upper() + verdict[1:], 185)), fontsize=10)
     figure.savefig(out)
     plt.close(figure)
 
@@ -98,7 +99,8 @@ def _reconstructions(figure: Any, place: Any, export: Path, test: Path) -> None:
     objective, recipe = load_objective(export)
     assert isinstance(objective, MaskedAutoencoder)
     dataset = ShardedDataset(test)
-    batch = next(sequential(dataset, _PICTURES, canvas=recipe.data.canvas, ids=dataset.all_ids()[:_PICTURES]))
+    firsts = np.sort(np.unique(dataset.labels(), return_index=True)[1])  # the first picture of each class
+    batch = next(sequential(dataset, _PICTURES, canvas=recipe.data.canvas, ids=firsts[:_PICTURES]))
     rows = objective.reconstruct(batch)
     grid = GridSpecFromSubplotSpec(3, _PICTURES, place, wspace=0.05, hspace=0.08)
     names = ("test picture", f"{objective.config.mask_ratio:.0%} hidden", "what MAE fills in")
@@ -112,8 +114,12 @@ def _reconstructions(figure: Any, place: Any, export: Path, test: Path) -> None:
                 side.set_visible(False)
             if column == 0:
                 axes.set_ylabel(name, fontsize=9)
-            if row == 0 and column == _PICTURES // 2:
-                axes.set_title("What the model sees")
+            if row == column == 0:
+                axes.set_title("What the model sees", loc="left").set_in_layout(False)
+            if row == 2 and column == 0:
+                note = "each hidden patch's mean and contrast are given"
+                label = axes.text(0, -0.06, note, transform=axes.transAxes, fontsize=8, va="top")
+                label.set_in_layout(False)
 
 
 def _sample(axes: Axes, export: Path) -> None:

@@ -97,7 +97,7 @@ def judge(curves: list[Curve]) -> str:
         gains = [round(100 * (max(c.accuracy[i] for c in ours) - best[name].accuracy[i])) for i in range(len(BUDGETS))]
         points = f"{min(gains):+d} to {max(gains):+d} points"
         parts.append(f"{points} against {name}" if max(gains) > 0 else f"no benefit over {name} ({points})")
-    return "pre-training, the better of its two strategies at each budget: " + ", ".join(parts)
+    return "pre-training: " + ", ".join(parts) + " (the better strategy at each budget)"
 
 
 def _claim(out: Path) -> None:
