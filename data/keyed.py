@@ -49,11 +49,17 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+@torch.compiler.assume_constant_result
+def _stream_number(stream: str) -> int:
+    """A 32-bit number for a stream's name; a constant to torch.compile, which cannot trace zlib."""
+    return zlib.crc32(stream.encode())
+
+
 def bits(keys: Tensor, stream: str, count: int) -> Tensor:
     """Random 32-bit words: int64 (b, count) in [0, 2**32), from int64 `keys` (b,) and the stream's name."""
     blocks = torch.arange(math.ceil(count / 4), device=keys.device)
     zero = torch.zeros((), dtype=torch.int64, device=keys.device)
-    name = zero + zlib.crc32(stream.encode())
+    name = zero + _stream_number(stream)
     key = (keys[:, None] & _MASK, (keys[:, None] >> 32) & _MASK)
     words = torch.stack(philox((blocks[None], zero, name, zero), key), dim=-1)
     return words.reshape(len(keys), 4 * len(blocks))[:, :count]

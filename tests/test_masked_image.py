@@ -252,3 +252,16 @@ def test_it_learns_and_reconstructs(digits: Path) -> None:
     assert_close(patches[2].gather(1, seen), patches[0].gather(1, seen))
     guess = (patches[2] - patches[0]).square().mean()
     assert guess < 0.5 * (patches[1] - patches[0]).square().mean()
+
+
+def test_a_step_is_one_graph_for_torch_compile() -> None:
+    """Views, masks and loss compile without a break, and another batch or progress compiles nothing anew."""
+    objective, batch = mae(), noise(4)
+    later = noise(4)
+    later.keys = later.keys + 1
+    expected = [objective(b, p).loss_sum for b, p in ((batch, 0.1), (later, 0.7))]
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    first = compiled(batch, 0.1).loss_sum
+    with torch.compiler.set_stance("fail_on_recompile"):
+        second = compiled(later, 0.7).loss_sum
+    assert_close([first, second], expected)
