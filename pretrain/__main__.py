@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train in this process; returns the exit status."""
     from pretrain.accelerator import end_with_launcher
     from pretrain.loop import RunFailed, train
-    from pretrain.recipe import load_recipe
+    from pretrain.recipe_file import load_recipe
 
     end_with_launcher()
     main = int(os.environ.get("RANK", "0")) == 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.dataset import ShardedDataset
 from data.errors import UserError
 from data.shards import MANIFEST
 from pretrain.encoders.text import TextConfig, TextEncoder
-from pretrain.encoders.vision import VisionConfig
+from pretrain.encoders.vision import VisionConfig, build_vision
 from pretrain.objectives.masked_image import MAEConfig, MaskedAutoencoder
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 from pretrain.objectives.protocol import Objective
@@ -25,15 +28,24 @@ class Datasets:
     validation: ShardedDataset | None
 
 
+_OBJECTIVES: dict[type, Callable[[Any, Any, Any], Objective]] = {
+    MAEConfig: MaskedAutoencoder,
+    NextTokenConfig: lambda config, _, encoder: NextToken(encoder, config),
+}
+"""By the type of a recipe's `objective`: called with it, the recipe's `encoder`, and the encoder built from that."""
+
+
 def build_objective(recipe: Recipe) -> Objective:
     """The objective around its encoder, initialised from the recipe's seed; the global random state is kept."""
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        if isinstance(recipe.objective, MAEConfig) and isinstance(recipe.encoder, VisionConfig):
-            return MaskedAutoencoder(recipe.objective, recipe.encoder)
-        assert isinstance(recipe.objective, NextTokenConfig)
-        assert isinstance(recipe.encoder, TextConfig)
-        return NextToken(TextEncoder(recipe.encoder), recipe.objective)
+        encoder = build_encoder(recipe.encoder)
+        return _OBJECTIVES[type(recipe.objective)](recipe.objective, recipe.encoder, encoder)
+
+
+def build_encoder(config: VisionConfig | TextConfig) -> nn.Module:
+    """A new encoder, its weights drawn from torch's global generator."""
+    return build_vision(config) if isinstance(config, VisionConfig) else TextEncoder(config)
 
 
 def open_data(recipe: Recipe) -> Datasets:

@@ -31,7 +31,8 @@ from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig, eval_view, timm_arguments
 from pretrain.objectives.next_token import NextToken
 from pretrain.optim import build_optimizer
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_file import load_recipe
 from pretrain.state import TrainingState
 
 FORMAT = 1

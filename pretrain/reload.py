@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from pretrain.build import build_objective
 from pretrain.export import read_about
 from pretrain.objectives.protocol import Objective
-from pretrain.recipe import Recipe, parse_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_file import parse_recipe
 
 
 def load_objective(export: Path) -> tuple[Objective, Recipe]:

@@ -14,7 +14,8 @@ from data.batch import ImageBatch
 from pretrain.gradient import global_gradient
 from pretrain.objectives.masked_image import MaskedAutoencoder
 from pretrain.objectives.next_token import NextToken
-from pretrain.recipe import Recipe, load_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_file import load_recipe
 from pretrain.setup import prepare
 
 

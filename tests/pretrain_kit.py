@@ -15,7 +15,8 @@ from accelerate.state import AcceleratorState
 
 from data.embedded import shard_digits
 from data.text import shard_text
-from pretrain.recipe import Recipe, parse_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_file import parse_recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}

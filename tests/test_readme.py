@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import build_parser
-from pretrain.recipe import FOLDER
+from pretrain.recipe_file import FOLDER
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,7 +11,8 @@ from pretrain_kit import BASES, recipe, tree
 
 from data.errors import UserError
 from pretrain.build import build_objective
-from pretrain.recipe import FOLDER, Recipe, load_recipe, parse_recipe
+from pretrain.recipe import Recipe
+from pretrain.recipe_file import FOLDER, load_recipe, parse_recipe
 from pretrain.state import differences
 
 OURS = sorted(path.stem for path in FOLDER.glob("*.yaml"))

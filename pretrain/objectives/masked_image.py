@@ -6,7 +6,7 @@ in the place of the others, and predicts the hidden patches' pixels, normalised 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from einops import rearrange, repeat
@@ -30,6 +30,7 @@ class MAEConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    encoder_kind: ClassVar = "vision"
     name: Literal["mae"] = "mae"
     mask_ratio: float = Field(default=0.75, gt=0.0, lt=1.0)
     """Share of patches hidden from the encoder (section 3)."""
@@ -64,12 +65,15 @@ class MaskedAutoencoder(Objective):
     encoder: VisionTransformer
     decoder_positions: Tensor
 
-    def __init__(self, config: MAEConfig, vision: VisionConfig) -> None:
-        """Raises `UserError` when the encoder is no ViT, its patches do not tile the picture, or none would be
-        hidden or visible."""
+    def __init__(self, config: MAEConfig, vision: VisionConfig, encoder: nn.Module | None = None) -> None:
+        """Around `encoder`, or a new one.
+
+        Raises:
+            UserError: the encoder is no ViT, its patches do not tile the picture, or none would be hidden or visible.
+        """
         super().__init__()
         self.config, self.vision = config, vision
-        encoder = build_vision(vision)
+        encoder = build_vision(vision) if encoder is None else encoder
         if not isinstance(encoder, VisionTransformer):
             raise UserError(f"mae needs a ViT, but encoder.model {vision.model} is a {type(encoder).__name__}")
         self.encoder = encoder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from einops import rearrange
@@ -21,6 +21,7 @@ class NextTokenConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    encoder_kind: ClassVar = "text"
     name: Literal["next_token"] = "next_token"
     document_mask: bool = True
     """Whether documents packed into one row are hidden from each other."""

@@ -19,7 +19,7 @@ from finetune.encoder import fresh, load_encoder
 from finetune.run import finetune
 from finetune.tasks import load_task
 from pretrain.loop import train
-from pretrain.recipe import load_recipe
+from pretrain.recipe_file import load_recipe
 
 
 def main(source: Path, work: Path, settings: list[str]) -> None:

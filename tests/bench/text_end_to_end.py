@@ -28,7 +28,7 @@ from finetune.tasks import load_task
 from finetune.text_encoder import DocumentEncoder
 from pretrain.loop import train
 from pretrain.objectives.next_token import NextToken
-from pretrain.recipe import load_recipe
+from pretrain.recipe_file import load_recipe
 from pretrain.reload import load_objective
 from pretrain.text_metrics import KneserNeyBigram, bits_per_byte
 
