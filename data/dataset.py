@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import UserError
-from data.index import IMAGE_PARTS, ShardIndex, checksum, load_index
+from data.index import IMAGE_PARTS, ShardIndex, checksum
 from data.keyed import hash_texts
-from data.source import foreign_index, open_source
+from data.source import open_source
 
 Ints = NDArray[np.int64]
-_OPEN_FILES = 64
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _SPLIT_SEED = 0x5B17
 
@@ -41,13 +40,13 @@ class ShardedDataset:
     ) -> None:
         """Raises `UserError` when something is missing, damaged, of another `kind` than asked for, or has
         changed since it was indexed."""
-        self.manifest, self.paths = open_source(source)
+        self.manifest, self.storage = open_source(source)
         self.kind: str = self.manifest["kind"]
         if kind is not None and self.kind != kind:
             raise UserError(f"{source} holds {self.kind}, where {kind} should be; give another folder of shards")
         self.classes: list[str] = self.manifest.get("classes", [])
         self.fingerprint: str = self.manifest["fingerprint"]
-        self.folder = self.paths[0].parent
+        self.paths, self.folder = self.storage.names, self.storage.folder
         self.context = context
         if self.kind == "text" and (context is None or context < 1):
             raise UserError(f"{self.folder} holds text; give the number of tokens in a row (context), at least 1")
@@ -165,25 +164,22 @@ class ShardedDataset:
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
-            path = self.paths[shard]
-            index = foreign_index(path) if self.manifest["foreign"] else load_index(path.with_suffix(".index"))
-            described = self.manifest["shards"][shard]
-            changed = index.tar_bytes != described["bytes"] or len(index) != described["samples"]
-            if changed or not path.is_file() or index.tar_bytes != path.stat().st_size:
-                raise UserError(f"{path} has changed since it was indexed; restore it or write the dataset again")
-            self._indexes[shard] = index
+            self._indexes[shard] = self.storage.index(shard)
         return self._indexes[shard]
 
     def _part(self, shard: int, member: int, column: int) -> bytes:
         index = self._index(shard)
         size, offset = int(index.sizes[member, column]), int(index.offsets[member, column])
+        descriptor = self._file(shard)
         try:
-            payload = os.pread(self._file(shard), size, offset)
+            payload = os.pread(descriptor, size, offset)
         except OSError as error:
             raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
         good = len(payload) == size
         if good and len(index.checksums):
             good = checksum(payload) == int(index.checksums[member, column])
+        elif good:
+            self.storage.check(shard, descriptor)
         if not good:
             raise UserError(
                 f"{self.paths[shard]} has changed or is damaged: sample {index.key(member)!r} does not match "
@@ -193,8 +189,8 @@ class ShardedDataset:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            self._files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-            if len(self._files) > _OPEN_FILES:
+            self._files[shard] = self.storage.open(shard)
+            if len(self._files) > self.storage.most_open:
                 os.close(self._files.popitem(last=False)[1])
         return self._files[shard]
 

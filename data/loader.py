@@ -120,8 +120,12 @@ class _Requests(Sampler[_Request]):
         self.start = start
 
     def __iter__(self) -> Iterator[_Request]:
-        batch = self.start
+        batch, announced = self.start, np.empty(0, dtype=np.int64)
         while True:
+            upcoming = self.order.upcoming(batch)
+            if not np.array_equal(upcoming, announced):
+                self.dataset.storage.ahead(upcoming.tolist())
+                announced = upcoming
             for first in range(self.offset, self.offset + self.local, self.microbatch):
                 place = self.order.locate(np.arange(batch + first, batch + first + self.microbatch))
                 ids = self.dataset.ids(place.shards, place.members)

@@ -66,6 +66,18 @@ class Order:
                 shards[chosen], members[chosen] = block_shards[inside], block_members[inside]
         return Place(epochs, shards, members)
 
+    def upcoming(self, position: int) -> Ints:
+        """Shards that a reader at `position` will need, soonest first: those of its block, then of the next."""
+        shards, at = [], position
+        for _ in range(2):
+            epoch, offset = divmod(at, self.total)
+            plan = self._epoch(epoch)
+            block = int(np.searchsorted(plan.block_starts, offset, side="right")) - 1
+            shards.append(plan.shards[block * self.block_shards : (block + 1) * self.block_shards])
+            ends = np.append(plan.block_starts[1:], self.total)
+            at = epoch * self.total + int(ends[block])
+        return np.concatenate(shards)
+
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             numbers = np.arange(len(self.counts), dtype=np.int64)

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
-from data.index import ShardIndex, index_tar, load_index
-from data.keyed import hash_texts
+from data.foreign import foreign_index
 from data.shards import FORMAT, MANIFEST, fingerprint
+from data.storage import LocalStorage, Storage
 
-_CACHE_SEED = 0xCAC8E
 _FIELDS = ("fingerprint", "shards")
 _TEXT_FIELDS = (*_FIELDS, "dtype", "block_tokens", "vocab_size", "bos", "documents", "tokens", "bytes")
 
 
-def open_source(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, Any], list[Path]]:
-    """The manifest (made up for tars from elsewhere) and the tars' paths."""
+def open_source(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, Any], Storage]:
+    """The manifest (made up for tars from elsewhere) and where the tars lie."""
     if not isinstance(source, str | Path):
         return _foreign([Path(path) for path in source])
     path = Path(source).expanduser()
@@ -38,7 +35,7 @@ def open_source(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, An
     return _foreign(tars)
 
 
-def _ours(folder: Path) -> tuple[dict[str, Any], list[Path]]:
+def _ours(folder: Path) -> tuple[dict[str, Any], Storage]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -60,7 +57,7 @@ def _ours(folder: Path) -> tuple[dict[str, Any], list[Path]]:
                 f"shard {path} has {path.stat().st_size} bytes, but {shard['bytes']} when it was indexed; "
                 "restore it or write the dataset again"
             )
-    return manifest | {"foreign": False}, paths
+    return manifest | {"foreign": False}, LocalStorage(paths, manifest["shards"], foreign=False)
 
 
 def _require(found: dict[str, Any], names: Sequence[str]) -> None:
@@ -72,7 +69,7 @@ def _require(found: dict[str, Any], names: Sequence[str]) -> None:
         raise ValueError("it names no shards")
 
 
-def _foreign(paths: list[Path]) -> tuple[dict[str, Any], list[Path]]:
+def _foreign(paths: list[Path]) -> tuple[dict[str, Any], Storage]:
     if not paths:
         raise UserError("no shards were named; give a folder of shards or a list of tars")
     shards = []
@@ -82,25 +79,5 @@ def _foreign(paths: list[Path]) -> tuple[dict[str, Any], list[Path]]:
         index = foreign_index(path)
         shards.append({"name": path.name, "samples": len(index), "bytes": index.tar_bytes})
     about = {"kind": "images"}
-    return about | {"shards": shards, "foreign": True, "fingerprint": fingerprint(shards, about)}, paths
-
-
-def foreign_index(tar: Path) -> ShardIndex:
-    """The index of a tar made elsewhere: kept beside it, or in the user's cache where that is read-only."""
-    stat = tar.stat()
-    name = f"{tar.name}.{stat.st_size}-{stat.st_mtime_ns}.index"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "headwater" / "index"
-    homes = [tar.parent / f".{name}", cache / f"{int(hash_texts(_CACHE_SEED, [str(tar.resolve())])[0]):016x}-{name}"]
-    for home in homes:
-        if home.exists():
-            with suppress(UserError):  # a damaged one is made again
-                return load_index(home)
-    index = index_tar(tar).with_pictures(tar)
-    for home in homes:
-        try:
-            home.parent.mkdir(parents=True, exist_ok=True)
-            index.save(home)
-            break
-        except OSError:
-            continue
-    return index
+    manifest = about | {"shards": shards, "foreign": True, "fingerprint": fingerprint(shards, about)}
+    return manifest, LocalStorage(paths, shards, foreign=True)

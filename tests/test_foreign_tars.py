@@ -16,7 +16,7 @@ from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data.source
+import data.foreign
 from data.dataset import ShardedDataset
 from data.errors import UserError
 from data.index import index_tar
@@ -225,18 +225,18 @@ def test_an_index_that_cannot_lie_beside_its_tar_goes_to_the_cache(
     shards.mkdir()
     tar = write_tar(shards / "t.tar", [("a.png", picture(0))])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    original = data.source.ShardIndex.save
+    original = data.foreign.ShardIndex.save
 
-    def save(self: data.source.ShardIndex, path: Path) -> None:
+    def save(self: data.foreign.ShardIndex, path: Path) -> None:
         if path.parent == shards:  # permissions would not stop a superuser
             raise PermissionError(13, "Permission denied")
         original(self, path)
 
-    monkeypatch.setattr(data.source.ShardIndex, "save", save)
+    monkeypatch.setattr(data.foreign.ShardIndex, "save", save)
     assert ShardedDataset(tar).image(0) == (picture(0), -1)
     assert [path.name for path in shards.iterdir()] == ["t.tar"]
     (cached,) = (tmp_path / "cache" / "headwater" / "index").iterdir()
-    monkeypatch.setattr(data.source, "index_tar", None)  # would fail if it were walked again
+    monkeypatch.setattr(data.foreign, "index_tar", None)  # would fail if it were walked again
     assert ShardedDataset(tar).image(0) == (picture(0), -1)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -86,3 +86,11 @@ def test_positions_far_ahead_cost_nothing() -> None:
 def test_no_samples_is_an_error(counts: list[int]) -> None:
     with pytest.raises(UserError, match="no samples"):
         Order(counts, 0)
+
+
+def test_upcoming_shards_are_those_of_the_next_samples() -> None:
+    order = Order(np.array([3, 5, 2, 7, 1, 4, 6]), seed=3, block_shards=3)
+    for position in range(3 * order.total):
+        needed = order.locate(np.arange(position, position + 6)).shards
+        assert order.locate([position]).shards[0] in order.upcoming(position)[:3]
+        assert set(needed.tolist()) <= set(order.upcoming(position).tolist())

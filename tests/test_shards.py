@@ -22,10 +22,10 @@ from PIL import Image
 
 from data.dataset import ShardedDataset
 from data.errors import UserError
+from data.foreign import foreign_index
 from data.index import load_index
 from data.inspect import inspect
 from data.shards import DatasetWriter, fingerprint
-from data.source import foreign_index
 from data.tar import members
 
 
@@ -292,7 +292,7 @@ def test_a_dataset_survives_being_sent_to_a_worker(picture_shards: Path) -> None
 def test_an_index_beside_a_foreign_tar_is_made_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = copy / "shard-000000.tar"
     made = foreign_index(tar)
-    monkeypatch.setattr("data.source.index_tar", None)  # would fail if it were walked again
+    monkeypatch.setattr("data.foreign.index_tar", None)  # would fail if it were walked again
     again = foreign_index(tar)
     assert (again.keys, again.tar_bytes) == (made.keys, made.tar_bytes)
     monkeypatch.undo()
