@@ -55,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _finetune(sub)
     _evaluate(sub)
     _predict(sub)
+    _status(sub)
     return parser
 
 
@@ -170,6 +171,12 @@ def _predict(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
     parser.add_argument("inputs", nargs="+", metavar="input", help="files, folders, texts, or - for standard input")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv or .jsonl instead of printing")
+
+
+def _status(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "status", commands.status, "how runs are going: progress, speed, time left, health")
+    parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders (default: runs)")
+    _json(parser)
 
 
 if __name__ == "__main__":

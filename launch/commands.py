@@ -152,6 +152,15 @@ def predict(arguments: argparse.Namespace) -> int:
     return 1 if found.skipped else 0
 
 
+def status(arguments: argparse.Namespace) -> int:
+    """`headwater status`: exit status 1 when a run has failed or fallen silent."""
+    from launch.status import as_json, find_runs, read_status, table
+
+    found = [read_status(run) for run in find_runs(arguments.runs)]
+    print(json.dumps(as_json(found), indent=1) if arguments.json else table(found))
+    return int(any(each.state in ("failed", "silent", "hung") for each in found))
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     import yaml
 

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.gridspec import GridSpecFromSubplotSpec
 
-from pretrain.run import read_metrics
+from pretrain.metrics import read_metrics
 
 if TYPE_CHECKING:
     from launch.quickstart import Curve, Kind

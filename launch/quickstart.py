@@ -154,8 +154,8 @@ def _pretrain(kind: Kind, shards: Path, run: Path) -> int:
 
 
 def _wait_for(process: subprocess.Popen, run: Path, share: float) -> int:
+    from pretrain.metrics import read_metrics
     from pretrain.recipe_file import load_recipe
-    from pretrain.run import read_metrics
 
     while process.poll() is None:
         time.sleep(0.2)

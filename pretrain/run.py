@@ -19,6 +19,7 @@ import yaml
 
 from data.errors import UserError
 from data.files import write_atomically
+from pretrain.metrics import read_metrics
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
 
@@ -102,17 +103,6 @@ class RunFolder:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl; a last line that a crash cut short is passed over."""
-    lines = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def _environment() -> dict[str, Any]:

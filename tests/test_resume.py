@@ -19,7 +19,7 @@ from pretrain_kit import ENVIRONMENT, recipe, write_recipe
 
 from pretrain import loop
 from pretrain.loop import train
-from pretrain.run import read_metrics
+from pretrain.metrics import read_metrics
 
 TIMED = ("samples_per_second", "data_wait")
 """What measures the machine, not the training."""
