@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import UserError
+from data.errors import DamagedData, UserError
 from data.index import IMAGE_PARTS, ShardIndex, checksum
 from data.keyed import hash_texts
 from data.source import open_source
@@ -37,10 +37,13 @@ class ShardedDataset:
         *,
         context: int | None = None,
         kind: str | None = None,
+        tolerance: int = 0,
     ) -> None:
         """Raises `UserError` when something is missing, damaged, of another `kind` than asked for, or has
         changed since it was indexed."""
-        self.manifest, self.storage = open_source(source)
+        self.manifest, self.storage = open_source(source, tolerance > 0)
+        self.tolerance = tolerance
+        """Damaged samples that a loader may replace by others before it stops; see `data.damage`."""
         self.kind: str = self.manifest["kind"]
         if kind is not None and self.kind != kind:
             raise UserError(f"{source} holds {self.kind}, where {kind} should be; give another folder of shards")
@@ -89,6 +92,20 @@ class ShardedDataset:
     @cached_property
     def _all_labels(self) -> Ints:
         return np.concatenate([self._index(shard).labels for shard in range(len(self.paths))])
+
+    def shard(self, identity: int) -> int:
+        """The number of the shard that holds sample `identity`."""
+        return self._place(identity)[0]
+
+    def sample(self, identity: int) -> dict[str, bytes]:
+        """Every part of a sample by its extension (`jpg`, `txt`, `json`, …), as stored.
+
+        Raises `DamagedData` where one cannot be read as it was written.
+        """
+        shard, member = self._place(identity)
+        index = self._index(shard)
+        present = [column for column in range(len(index.parts)) if index.sizes[member, column] >= 0]
+        return {index.parts[column]: self._part(shard, member, column) for column in present}
 
     def key(self, identity: int) -> str:
         """The key under which sample `identity` stands in its tar."""
@@ -174,14 +191,14 @@ class ShardedDataset:
         try:
             payload = os.pread(descriptor, size, offset)
         except OSError as error:
-            raise UserError(f"cannot read {self.paths[shard]}: {error.strerror}") from None
+            raise DamagedData(f"cannot read {self.paths[shard]}: {error.strerror}") from None
         good = len(payload) == size
         if good and len(index.checksums):
             good = checksum(payload) == int(index.checksums[member, column])
         elif good:
             self.storage.check(shard, descriptor)
         if not good:
-            raise UserError(
+            raise DamagedData(
                 f"{self.paths[shard]} has changed or is damaged: sample {index.key(member)!r} does not match "
                 "its index; run `headwater inspect` and restore the shard"
             )

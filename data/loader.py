@@ -10,11 +10,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.batch import ImageBatch, TextBatch
+from data.damage import Mended, read_mended
 from data.dataset import Ints, ShardedDataset
-from data.errors import UserError
+from data.errors import DamagedData, UserError
 from data.images import UnreadableImage, decode
 from data.keyed import sample_keys
 from data.order import Order
+
+_MOST_REPORTS = 100
 
 
 class _Request(NamedTuple):
@@ -72,16 +75,31 @@ class Loader:
         self.accumulation = local // self.microbatch
         """Microbatches of one global batch on this process."""
         self.batch_size, self.position = batch_size, start
+        self.damaged: int = 0
+        """Damaged samples that this process has replaced (see `data.damage`); never more than the dataset tolerates."""
+        self.reports: list[str] = []
+        """What was wrong with the first of them."""
+        self._tolerance = dataset.tolerance
         self._requests = _Requests(dataset, batch_size, seed, rank * local, local, self.microbatch, start)
         self._loader = _torch_loader(dataset, self._requests, workers, canvas, pin_memory)
 
     def __iter__(self) -> Iterator[Any]:
         """Yields `ImageBatch` or `TextBatch` microbatches, for ever, from `position` on."""
         self._requests.start = self.position
-        for number, batch in enumerate(_whole(self._loader)):
+        for number, mended in enumerate(_whole(self._loader)):
+            self._count(mended.reports)
             if (number + 1) % self.accumulation == 0:
                 self.position += self.batch_size
-            yield batch
+            yield mended.batch
+
+    def _count(self, reports: tuple[str, ...]) -> None:
+        self.damaged += len(reports)
+        self.reports += reports[: _MOST_REPORTS - len(self.reports)]
+        if self.damaged > self._tolerance:
+            raise DamagedData(
+                f"{self.damaged} damaged samples are more than the {self._tolerance} tolerated (data.damaged); the "
+                f"last: {reports[-1]}"
+            )
 
 
 def sequential(
@@ -99,7 +117,8 @@ def sequential(
         for part in np.split(ids, range(batch_size, len(ids), batch_size))
         if len(part)
     ]
-    yield from _whole(_torch_loader(dataset, requests, workers, canvas, pin_memory=False))
+    for mended in _whole(_torch_loader(dataset, requests, workers, canvas, pin_memory=False)):
+        yield mended.batch
 
 
 class _Requests(Sampler[_Request]):
@@ -139,29 +158,30 @@ class _Reader(Dataset[Any]):
     def __init__(self, dataset: ShardedDataset, canvas: int | None) -> None:
         self.dataset, self.canvas = dataset, canvas
 
-    def __getitem__(self, request: _Request) -> ImageBatch | TextBatch | UserError:
+    def __getitem__(self, request: _Request) -> Mended | UserError:
         # Returned, not raised: torch would bury the sentence in the worker's traceback.
         try:
-            return self._read(request)
+            return read_mended(self.dataset, self._read, request.ids, request.keys)
         except UserError as error:
             return error
 
-    def _read(self, request: _Request) -> ImageBatch | TextBatch:
-        keys, ids = torch.from_numpy(request.keys), torch.from_numpy(request.ids)
+    def _read(self, identities: Ints, sample_keys: Ints) -> ImageBatch | TextBatch:
+        keys, ids = torch.from_numpy(sample_keys), torch.from_numpy(identities)
         if self.dataset.kind == "text":
-            tokens = torch.from_numpy(np.stack([self.dataset.row(int(i)) for i in request.ids]))
+            tokens = torch.from_numpy(np.stack([self.dataset.row(int(i)) for i in identities]))
             documents = torch.cumsum(tokens == self.dataset.manifest["bos"], dim=1)
             return TextBatch(tokens=tokens, documents=documents, keys=keys, ids=ids)
         canvas, labels, sizes = self.canvas, [], []
         assert canvas is not None
         pixels = np.empty((len(ids), 3, canvas, canvas), dtype=np.uint8)
-        for place, identity in enumerate(request.ids):
+        for place, identity in enumerate(identities):
             payload, label = self.dataset.image(int(identity))
             try:
                 pixels[place], size = decode(payload, canvas)
             except UnreadableImage as error:
                 name = self.dataset.key(int(identity))
-                raise UserError(f"picture {name!r} in {self.dataset.folder} cannot be decoded: {error}") from None
+                shard = self.dataset.paths[self.dataset.shard(int(identity))]
+                raise DamagedData(f"picture {name!r} in {shard} cannot be decoded: {error}") from None
             labels.append(label)
             sizes.append(size)
         return ImageBatch(

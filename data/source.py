@@ -17,13 +17,16 @@ _FIELDS = ("fingerprint", "shards")
 _TEXT_FIELDS = (*_FIELDS, "dtype", "block_tokens", "vocab_size", "bos", "documents", "tokens", "bytes")
 
 
-def open_source(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, Any], Storage]:
-    """The manifest (made up for tars from elsewhere) and where the tars lie."""
+def open_source(source: str | Path | Sequence[str | Path], tolerant: bool = False) -> tuple[dict[str, Any], Storage]:
+    """The manifest (made up for tars from elsewhere) and where the tars lie.
+
+    A `tolerant` reader learns of lost or resized shards only when it needs them.
+    """
     if not isinstance(source, str | Path):
         return _foreign([Path(path) for path in source])
     path = Path(source).expanduser()
     if path.is_dir() and (path / MANIFEST).exists():
-        return _ours(path)
+        return _ours(path, tolerant)
     if path.is_dir():
         tars = sorted(path.glob("*.tar"))
         if not tars:
@@ -35,7 +38,7 @@ def open_source(source: str | Path | Sequence[str | Path]) -> tuple[dict[str, An
     return _foreign(tars)
 
 
-def _ours(folder: Path) -> tuple[dict[str, Any], Storage]:
+def _ours(folder: Path, tolerant: bool) -> tuple[dict[str, Any], Storage]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
@@ -49,7 +52,7 @@ def _ours(folder: Path) -> tuple[dict[str, Any], Storage]:
         raise UserError(f"cannot read {folder / MANIFEST}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / MANIFEST} is damaged ({error}); write the dataset again") from None
-    for shard, path in zip(manifest["shards"], paths, strict=True):
+    for shard, path in [] if tolerant else list(zip(manifest["shards"], paths, strict=True)):
         if not path.exists():
             raise UserError(f"shard {path} is named in {MANIFEST} but missing; restore it or write the dataset again")
         if path.stat().st_size != shard["bytes"]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from data.errors import UserError
+from data.errors import DamagedData, UserError
 from data.foreign import foreign_index
 from data.index import ShardIndex, load_index
 
@@ -27,18 +27,18 @@ class Storage(Protocol):
     """Most shards that one process should keep open; the least recently used is closed first."""
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard; raises `UserError` when it is missing, damaged, or of another tar."""
+        """The index of a shard; raises `DamagedData` when it is missing, damaged, or of another tar."""
 
     def open(self, shard: int) -> int:
         """A descriptor of the whole tar, read only, to be closed by the caller; waits while it is downloaded.
 
-        Raises `UserError` when the tar is missing, cannot be fetched, or has changed since it was indexed."""
+        Raises `DamagedData` when the tar is missing, cannot be fetched, or has changed since it was indexed."""
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Say which shards are read next, soonest first; replaces what was said before, returns at once."""
 
     def check(self, shard: int, descriptor: int) -> None:
-        """Raises `UserError` when the tar behind an open descriptor is no longer the one that was indexed.
+        """Raises `DamagedData` when the tar behind an open descriptor is no longer the one that was indexed.
 
         For tars without checksums (made elsewhere), whose bytes nothing else vouches for."""
 
@@ -61,15 +61,18 @@ class LocalStorage:
         """See `Storage`."""
         path, described = self.names[shard], self._shards[shard]
         if not path.is_file():
-            raise UserError(f"{path} is missing; restore it, or write the dataset again")
+            raise DamagedData(f"{path} is missing; restore it, or write the dataset again")
         stamp = _stamp(path.stat())
-        index = foreign_index(path) if self.foreign else load_index(path.with_suffix(".index"))
+        try:
+            index = foreign_index(path) if self.foreign else load_index(path.with_suffix(".index"))
+        except UserError as error:
+            raise DamagedData(str(error)) from None
         if (
             index.tar_bytes != described["bytes"]
             or len(index) != described["samples"]
             or stamp[0] != described["bytes"]
         ):
-            raise UserError(f"{path} has changed since it was indexed; restore it or write the dataset again")
+            raise DamagedData(f"{path} has changed since it was indexed; restore it or write the dataset again")
         self._stamps.setdefault(shard, stamp)
         return index
 
@@ -79,7 +82,7 @@ class LocalStorage:
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}; restore it, or write the dataset again") from None
+            raise DamagedData(f"cannot read {path}: {error.strerror}; restore it, or write the dataset again") from None
 
     def ahead(self, shards: Sequence[int]) -> None:
         """Nothing: the operating system reads ahead."""
@@ -87,7 +90,7 @@ class LocalStorage:
     def check(self, shard: int, descriptor: int) -> None:
         """See `Storage`: compares size and time of change with those at indexing."""
         if shard in self._stamps and _stamp(os.fstat(descriptor)) != self._stamps[shard]:
-            raise UserError(f"{self.names[shard]} has changed since it was indexed; restore it or start again")
+            raise DamagedData(f"{self.names[shard]} has changed since it was indexed; restore it or start again")
 
     def tar(self, shard: int) -> Path:
         """See `Storage`."""
