@@ -75,8 +75,9 @@ def candidates(dataset: ShardedDataset, identity: int, key: int) -> Iterator[int
     home, counts = dataset.shard(identity), dataset.counts
     tries = _FROM_ONE_SHARD * (1 + _SHARDS_TRIED)
     draws = hash64(_MEMBER, key, np.arange(tries, dtype=np.int64))
-    others = hash64(_SHARD, home, np.arange(_SHARDS_TRIED, dtype=np.int64)) % np.uint64(len(counts))
-    shards = np.repeat([home, *others.astype(np.int64).tolist()], _FROM_ONE_SHARD)
+    filled = np.flatnonzero(counts)
+    others = hash64(_SHARD, home, np.arange(_SHARDS_TRIED, dtype=np.int64)) % np.uint64(len(filled))
+    shards = np.repeat([home, *filled[others.astype(np.int64)].tolist()], _FROM_ONE_SHARD)
     for shard, draw in zip(shards.tolist(), draws.tolist(), strict=True):
         if counts[shard]:
             found = int(dataset.ids(np.array([shard]), np.array([draw % int(counts[shard])]))[0])

@@ -17,7 +17,7 @@ from data.images import UnreadableImage, decode
 from data.keyed import sample_keys
 from data.order import Order
 
-_MOST_REPORTS = 100
+_MOST_REPORTS = 20
 
 
 class _Request(NamedTuple):
@@ -77,9 +77,8 @@ class Loader:
         self.batch_size, self.position = batch_size, start
         self.damaged: int = 0
         """Damaged samples that this process has replaced (see `data.damage`); never more than the dataset tolerates."""
-        self.reports: list[str] = []
-        """What was wrong with the first of them."""
         self._tolerance = dataset.tolerance
+        self._untold: tuple[int, list[str]] = (0, [])
         self._requests = _Requests(dataset, batch_size, seed, rank * local, local, self.microbatch, start)
         self._loader = _torch_loader(dataset, self._requests, workers, canvas, pin_memory)
 
@@ -92,13 +91,21 @@ class Loader:
                 self.position += self.batch_size
             yield mended.batch
 
+    def take_damage(self) -> tuple[int, list[str]]:
+        """How many damaged samples were replaced since the last call, and what was wrong with the first of them."""
+        told, self._untold = self._untold, (0, [])
+        return told
+
     def _count(self, reports: tuple[str, ...]) -> None:
+        if not reports:
+            return
         self.damaged += len(reports)
-        self.reports += reports[: _MOST_REPORTS - len(self.reports)]
+        count, sentences = self._untold
+        self._untold = count + len(reports), (sentences + list(reports))[:_MOST_REPORTS]
         if self.damaged > self._tolerance:
             raise DamagedData(
-                f"{self.damaged} damaged samples are more than the {self._tolerance} tolerated (data.damaged); the "
-                f"last: {reports[-1]}"
+                f"{self.damaged} damaged samples are more than the {self._tolerance} that are tolerated "
+                f"(data.damaged); the last: {reports[-1]}"
             )
 
 

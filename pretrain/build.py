@@ -53,14 +53,14 @@ def open_data(recipe: Recipe) -> Datasets:
     if recipe.data.train is None:
         raise UserError(f"recipe {recipe.name} names no data; add data.train=FOLDER_OF_SHARDS")
     context = recipe.encoder.context if isinstance(recipe.encoder, TextConfig) else None
-    train = _open(recipe.data.train, context)
+    train = _open(recipe.data.train, context, recipe.data.damaged)
     validation = recipe.data.validation
     if isinstance(validation, float | int):
         train, held_out = train.split(float(validation))
         return Datasets(train, held_out)
     if validation is None and context and (train.folder / "validation" / MANIFEST).exists():
         validation = str(train.folder / "validation")
-    return Datasets(train, _open(validation, context) if validation else None)
+    return Datasets(train, _open(validation, context, recipe.data.damaged) if validation else None)
 
 
 def resolve(recipe: Recipe, data: Datasets) -> Recipe:
@@ -81,5 +81,5 @@ def resolve(recipe: Recipe, data: Datasets) -> Recipe:
     return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update=facts)})
 
 
-def _open(source: str, context: int | None) -> ShardedDataset:
-    return ShardedDataset(source, context=context, kind="text" if context else "images")
+def _open(source: str, context: int | None, tolerance: int) -> ShardedDataset:
+    return ShardedDataset(source, context=context, kind="text" if context else "images", tolerance=tolerance)

@@ -12,6 +12,7 @@ import torch
 from data.keyed import hash64
 from pretrain import checkpoint
 from pretrain.accelerator import heard, on_main, start_trackers
+from pretrain.damage import count_damage
 from pretrain.ema import update_average
 from pretrain.evaluate import evaluate
 from pretrain.export import export, exported_step
@@ -76,6 +77,9 @@ def _run(setup: Setup, run: RunFolder, line: ProgressLine) -> None:
         sums = take_step(setup, batches)
         pace.add(time.monotonic() - began, sums.waited)
         line.show(state.step, sums.means["loss"], pace)
+        if _due(setup, watch.log_every) or _due(setup, watch.checkpoint_every):
+            for sentence in count_damage(setup):
+                line.say(f"step {state.step:,}: replaced a damaged sample: {sentence}")
         if _due(setup, watch.log_every) or not sums.finite:
             _record(setup, run, _measured(setup, sums, pace))
         if state.skipped > setup.recipe.train.skips:
@@ -129,6 +133,8 @@ def _measured(setup: Setup, sums: Sums, pace: Pace) -> dict[str, float]:
         "samples_per_second": pace.rate * setup.loader.batch_size,
         "data_wait": pace.waiting,
     }
+    if state.damaged:
+        values["damaged"] = state.damaged
     return values if sums.finite else values | {"skipped": state.skipped}
 
 
@@ -142,7 +148,7 @@ def _save(setup: Setup, run: RunFolder) -> None:
     state, recipe = setup.state, setup.recipe
     snapshot = state.snapshot(recipe, setup.data.train.fingerprint)
     checkpoint.save(run.checkpoints, f"step-{state.step:09d}", snapshot, recipe.watch.checkpoint_keep)
-    run.status("running", step=state.step)
+    run.status("running", step=state.step, **({"damaged": state.damaged} if state.damaged else {}))
 
 
 def _opening(setup: Setup, start: Path | None) -> str:

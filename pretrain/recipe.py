@@ -28,6 +28,8 @@ class DataConfig(BaseModel):
     """Side of the square that pictures are decoded onto, in pixels; larger ones are shrunk to fit."""
     workers: int = Field(default=2, ge=0)
     """Reading and decoding processes for each training process; cannot change what is trained."""
+    damaged: int = Field(default=0, ge=0)
+    """Damaged samples that a run replaces by others, all processes together, before it stops."""
 
 
 class TrainConfig(BaseModel):
@@ -113,7 +115,7 @@ class Recipe(BaseModel):
         Where the shards lie does not count (their fingerprint does), nor how the global batch is split.
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
-        del whole["data"]["train"], whole["data"]["workers"]
+        del whole["data"]["train"], whole["data"]["workers"], whole["data"]["damaged"]
         del whole["train"]["skips"], whole["train"]["microbatch"]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
             whole["data"]["validation"] = None

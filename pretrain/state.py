@@ -31,6 +31,8 @@ class TrainingState:
     """Samples consumed by all processes together."""
     skipped: int = 0
     """Steps skipped in a row for numbers that are not finite."""
+    damaged: int = 0
+    """Damaged samples that were replaced, over all processes."""
 
     def snapshot(self, recipe: Recipe, fingerprint: str) -> Checkpoint:
         """The state as tensors and JSON."""
@@ -44,6 +46,7 @@ class TrainingState:
             "step": self.step,
             "position": self.position,
             "skipped": self.skipped,
+            "damaged": self.damaged,
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "identity": recipe.identity(),
             "fingerprint": fingerprint,
@@ -72,7 +75,7 @@ class TrainingState:
         if self.scaler is not None and saved.state["scaler"]:
             self.scaler.load_state_dict(saved.state["scaler"])
         self.step, self.position = saved.state["step"], saved.state["position"]
-        self.skipped = saved.state["skipped"]
+        self.skipped, self.damaged = saved.state["skipped"], saved.state.get("damaged", 0)
 
     def encoder(self) -> nn.Module:
         """The encoder to look at and to export: the average where one is kept."""
