@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate(sub)
     _predict(sub)
     _status(sub)
+    _report(sub)
     return parser
 
 
@@ -177,6 +178,14 @@ def _status(sub: argparse._SubParsersAction) -> None:
     parser = _add(sub, "status", commands.status, "how runs are going: progress, speed, time left, health")
     parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders (default: runs)")
     _json(parser)
+
+
+def _report(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "report", commands.report, "one HTML page about a run: curves, pictures, environment")
+    parser.add_argument("run", type=Path, help="run folder; the page is written into it")
+    parser.add_argument(
+        "--no-pictures", action="store_true", help="leave out what the model sees (does not load torch)"
+    )
 
 
 if __name__ == "__main__":

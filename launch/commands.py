@@ -161,6 +161,14 @@ def status(arguments: argparse.Namespace) -> int:
     return int(any(each.state in ("failed", "silent", "hung") for each in found))
 
 
+def report(arguments: argparse.Namespace) -> int:
+    """`headwater report`."""
+    from launch.report import write_report
+
+    print(write_report(arguments.run, pictures=not arguments.no_pictures))
+    return 0
+
+
 def _settings(pairs: list[str]) -> dict[str, Any]:
     import yaml
 

@@ -52,6 +52,8 @@ class RunFolder:
             write_atomically(self.path / "command.txt", shlex.join(sys.argv) + "\n")
             write_atomically(self.path / "environment.json", json.dumps(_environment(), indent=1))
             self._cut_metrics(step)
+            with open(self.path / "starts.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, "time": _now(), "host": platform.node()}) + "\n")
             self.status("running", step=step)
         except OSError as error:
             raise UserError(
@@ -78,7 +80,7 @@ class RunFolder:
     def status(self, state: str, **facts: Any) -> None:
         """Say in status.json that the run is running, finished, interrupted or failed."""
         if self.writes:
-            record = {"state": state, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | facts
+            record = {"state": state, "time": _now()} | facts
             write_atomically(self.path / "status.json", json.dumps(record, indent=1))
 
     def record(self, values: dict[str, Any]) -> None:
@@ -103,6 +105,10 @@ class RunFolder:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         write_atomically(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _environment() -> dict[str, Any]:

@@ -164,6 +164,11 @@ class MaskedAutoencoder(Objective):
     def _hidden(self, patches: Tensor, order: Tensor) -> Tensor:
         return patches.gather(1, repeat(order[:, self.visible :], "b n -> b n d", d=patches.shape[-1]))
 
+    def sights(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Pictures, what the encoder gets of them, and what the decoder makes of that."""
+        names = ("pictures", "with the hidden patches left out", "with the hidden patches predicted")
+        return dict(zip(names, self.reconstruct(batch), strict=True))
+
     @torch.no_grad()
     def reconstruct(self, batch: ImageBatch) -> tuple[Tensor, Tensor, Tensor]:
         """For looking at: pictures, the same with hidden patches grey, and with predictions in their place.

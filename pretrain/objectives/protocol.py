@@ -42,3 +42,7 @@ class Objective(nn.Module, ABC):
     def exported(self) -> nn.Module:
         """The encoder that downstream work gets."""
         return self.encoder
+
+    def sights(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """For looking at: rows of pictures by name, each float32 (b, 3, h, w) in [0, 1]; none by default."""
+        return {}
