@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from finetune.encoder import Encoder
-from pretrain.optim import NO_DECAY_NAMES
+from pretrain.parameter_groups import NO_DECAY_NAMES
 
 
 def parameter_groups(

@@ -17,7 +17,7 @@ from pretrain.ema import update_average
 from pretrain.evaluate import evaluate
 from pretrain.export import export, exported_step
 from pretrain.gradient import Sums, global_gradient
-from pretrain.optim import set_lr
+from pretrain.optim import set_rates
 from pretrain.pace import Pace
 from pretrain.progress import ProgressLine
 from pretrain.recipe import Recipe
@@ -101,7 +101,7 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     """One optimiser step on the next global batch; numbers that are not finite change nothing but the count."""
     state, recipe = setup.state, setup.recipe
     progress = (state.step + 0.5) / setup.steps
-    set_lr(state.optimizer, setup.lr(progress))
+    set_rates(state.optimizer, recipe.optimizer, progress, recipe.train.batch_size)
     # Whatever still draws from torch's global state (dropout in an encoder) depends on the step alone.
     torch.manual_seed(int(hash64(recipe.seed, state.step, setup.accelerator.process_index) >> 1))
     sums = global_gradient(setup, batches, progress)
@@ -129,7 +129,7 @@ def _measured(setup: Setup, sums: Sums, pace: Pace) -> dict[str, float]:
         "epoch": state.position / len(setup.data.train),
         **sums.means,
         "gradient_norm": sums.norm,
-        "lr": state.optimizer.param_groups[0]["lr"],
+        "lr": max(group["lr"] for group in state.optimizer.param_groups),
         "samples_per_second": pace.rate * setup.loader.batch_size,
         "data_wait": pace.waiting,
     }

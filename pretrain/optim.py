@@ -2,59 +2,79 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Any
 
+import timm.optim
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "mask_token", "tok_embeddings")
-
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(BaseModel):
-    """How parameters move."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    name: Literal["adamw"] = "adamw"
-    """Loshchilov and Hutter 2019."""
-    lr: float = Field(default=1e-3, gt=0)
-    """Peak learning rate for the recipe's global batch; nothing scales it behind your back."""
-    weight_decay: float = Field(default=0.05, ge=0)
-    """Decoupled; spares biases, norms, embeddings and tokens."""
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay of the first and the second moment."""
-    eps: float = Field(default=1e-8, gt=0)
-    """Added to the denominator."""
-    warmup: float = Field(default=0.05, ge=0, le=1)
-    """Share of training over which the rate rises from zero."""
-    final: float = Field(default=0.0, ge=0)
-    """Rate at the end, as a share of the peak."""
+from pretrain.muon import Muon
+from pretrain.optimizer_settings import (
+    AdamWConfig,
+    LambConfig,
+    LarsConfig,
+    MuonConfig,
+    OptimizerConfig,
+    SGDConfig,
+)
+from pretrain.parameter_groups import muon_groups, parameter_groups
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices that decay, and vectors, embeddings and tokens that do not."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            spare = parameter.ndim <= 1 or any(part in name for part in NO_DECAY_NAMES)
-            (spared if spare else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [group | {"lr_scale": 1.0} for group in groups if group["params"]]
+class Lamb(timm.optim.Lamb):
+    """timm's LAMB with the number of steps in each parameter's state, where checkpoints look for it."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every group."""
+        for group in self.param_groups:
+            taken = [state["step"] for p in group["params"] if "step" in (state := self.state.get(p, {}))]
+            group["step"] = taken[0].cpu().clone() if taken else torch.tensor(0.0)
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self.state:
+                    self.state[parameter]["step"] = group["step"].clone()
+        return loss
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """AdamW over `module`'s trainable parameters; the fused kernel on CUDA."""
-    fused = any(parameter.is_cuda for parameter in module.parameters()) and torch.cuda.is_available()
-    groups = parameter_groups(module, config.weight_decay)
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+    """The optimiser that `config` names over `module`'s trainable parameters, fused where the library can."""
+    groups = parameter_groups(module, config.weight_decay, config.layer_decay)
+    fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
+    optimizer = _build(module, config, groups, fused)
+    set_lr(optimizer, config.lr)
+    return optimizer
+
+
+def _build(module: nn.Module, config: OptimizerConfig, groups: list[dict[str, Any]], fused: bool) -> Optimizer:
+    match config:
+        case AdamWConfig():
+            return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+        case MuonConfig():
+            return Muon(muon_groups(module, groups, config.adamw_scale), config, fused)
+        case SGDConfig():
+            return SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused)
+        case LambConfig():
+            # The loop has clipped already.
+            return Lamb(_adapted(groups), lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
+        case LarsConfig():
+            return timm.optim.Lars(_adapted(groups), lr=config.lr, momentum=config.momentum, trust_coeff=config.trust)
+    raise TypeError(f"no optimiser for {type(config).__name__}")
+
+
+def _adapted(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Let layer-wise adaptation follow what a parameter is, not whether its decay happens to be zero."""
+    return [group | {"always_adapt": group["decays"]} for group in groups]
+
+
+def set_rates(optimizer: Optimizer, config: OptimizerConfig, progress: float, batch_size: int) -> None:
+    """Learning rate and weight decay of every group at `progress`, for a global batch of `batch_size` samples."""
+    set_lr(optimizer, config.rate(progress, batch_size))
+    decay = config.decay_at(progress)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = decay if group["decays"] else 0.0
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:

@@ -6,13 +6,13 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.masked_image import MAEConfig
 from pretrain.objectives.next_token import NextTokenConfig
-from pretrain.optim import OptimizerConfig
+from pretrain.optimizer_settings import AdamWConfig, AnyOptimizer
 
 
 class DataConfig(BaseModel):
@@ -84,6 +84,7 @@ class WatchConfig(BaseModel):
 
 Encoder = Annotated[VisionConfig | TextConfig, Field(discriminator="kind")]
 ObjectiveConfig = Annotated[MAEConfig | NextTokenConfig, Field(discriminator="name")]
+Optimizer = Annotated[AnyOptimizer, Field(discriminator="name")]
 
 
 class Recipe(BaseModel):
@@ -98,9 +99,17 @@ class Recipe(BaseModel):
     data: DataConfig = Field(default_factory=DataConfig)
     encoder: Encoder
     objective: ObjectiveConfig
-    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    optimizer: Optimizer = Field(default_factory=AdamWConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     watch: WatchConfig = Field(default_factory=WatchConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unnamed(cls, tree: Any) -> Any:
+        """An optimiser without a name is AdamW."""
+        if isinstance(tree, dict) and isinstance(tree.get("optimizer"), dict) and "name" not in tree["optimizer"]:
+            return tree | {"optimizer": {"name": "adamw"} | tree["optimizer"]}
+        return tree
 
     def steps(self, samples: int) -> int:
         """Optimiser steps of the whole run over a dataset of `samples`."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from data.errors import UserError
 from pretrain.recipe import Recipe
+from pretrain.recipe_errors import explain
 
 FOLDER = Path(__file__).parent / "recipes"
 _NUMBER = re.compile(r"[-+]?[0-9.]+[eE][-+]?[0-9]+")
@@ -52,7 +52,7 @@ def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: " + "; ".join(_explain(problem, tree) for problem in error.errors())) from None
+        raise UserError(f"{origin}: " + "; ".join(explain(problem, tree) for problem in error.errors())) from None
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         raise UserError(f"{origin}: give exactly one of train.steps and train.epochs")
     wanted = recipe.objective.encoder_kind
@@ -81,61 +81,3 @@ def _override(tree: dict[str, Any], text: str) -> None:
         raise UserError(f"override {text!r}: {value!r} is no valid YAML value") from None
     if isinstance(node[last], str) and _NUMBER.fullmatch(node[last]):  # YAML 1.1 takes 1e-3 for a string
         node[last] = float(node[last])
-
-
-def _explain(problem: Any, tree: dict[str, Any]) -> str:
-    """One clause of pydantic's errors, in words and with a suggestion."""
-    # pydantic names the chosen kind behind its section; the recipe itself has no such level.
-    place = [part for level, part in enumerate(problem["loc"]) if level != 1 or part not in _TAGS]
-    where = ".".join(str(part) for part in place)
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(place[:-1], tree)
-        close = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.6)
-        elsewhere = [path for path in _paths(tree) if path.rpartition(".")[2] == place[-1]]
-        meant = [".".join(map(str, [*place[:-1], close[0]]))] if close else elsewhere
-        hint = f"did you mean {' or '.join(meant)}?" if meant else f"known keys: {', '.join(sorted(known))}"
-        return f"unknown key {where!r}; {hint}"
-    if problem["type"] == "missing":
-        return f"{where!r} is missing"
-    if problem["type"].startswith("union_tag"):
-        key = problem["ctx"]["discriminator"].strip("'")
-        given = problem["input"].get(key)
-        return f"{where + '.' + key!r} is {given!r}; it must be one of: {', '.join(_tags(where))}"
-    given = problem.get("input")
-    return f"{where!r} is {given!r}: {problem['msg'].lower()}"
-
-
-def _tags(section: str) -> list[str]:
-    """The kinds that a section can be of."""
-    key = "kind" if section == "encoder" else "name"
-    options = get_args(Recipe.model_fields[section].annotation)
-    return [tag for option in options for tag in get_args(option.model_fields[key].annotation)]
-
-
-_TAGS = frozenset(_tags("encoder") + _tags("objective"))
-
-
-def _fields_at(place: list[Any], tree: dict[str, Any]) -> list[str]:
-    model: Any = Recipe
-    for part in place:
-        field = model.model_fields[part]
-        options = get_args(field.annotation) or (field.annotation,)
-        tree = tree[part] if isinstance(tree.get(part), dict) else {}
-        chosen = [o for o in options if not _disagrees(o, tree)]
-        model = chosen[0] if chosen else options[0]
-    return list(model.model_fields)
-
-
-def _paths(tree: dict[str, Any]) -> list[str]:
-    """Every key that a recipe like `tree` may have, dotted."""
-    sections = [name for name in Recipe.model_fields if name not in ("name", "seed")]
-    return [f"{section}.{field}" for section in sections for field in _fields_at([section], tree)]
-
-
-def _disagrees(option: Any, tree: dict[str, Any]) -> bool:
-    """Whether a discriminated option is not the one that `tree` names."""
-    for key in ("kind", "name"):
-        field = option.model_fields.get(key)
-        if field is not None and key in tree and tree[key] not in get_args(field.annotation):
-            return True
-    return False

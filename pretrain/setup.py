@@ -14,7 +14,6 @@ from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average
 from pretrain.optim import build_optimizer
 from pretrain.recipe import Recipe
-from pretrain.schedules import warmup_cosine
 from pretrain.state import TrainingState
 
 
@@ -38,11 +37,6 @@ class Setup:
     def main(self) -> bool:
         """Whether this is the process that writes and speaks."""
         return bool(self.accelerator.is_main_process)
-
-    def lr(self, progress: float) -> float:
-        """The learning rate at `progress`, the share of training done."""
-        optimizer = self.recipe.optimizer
-        return warmup_cosine(progress, optimizer.lr, optimizer.warmup, optimizer.lr * optimizer.final)
 
 
 def prepare(recipe: Recipe, folder: Path) -> Setup:

@@ -55,6 +55,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     # 1,297 digits: twelve steps of 250 cross two ends of an epoch.
     "mae, several epochs": ("mae", {"train.batch_size": 250}),
     "mae, dropout": ("mae", {"encoder.model_args.drop_path_rate": 0.3, "encoder.model_args.proj_drop_rate": 0.2}),
+    "mae, muon, moving decay": (
+        "mae",
+        {"optimizer.name": "muon", "optimizer.weight_decay_end": 0.4, "optimizer.layer_decay": 0.8},
+    ),
+    "mae, lamb, wsd": ("mae", {"optimizer.name": "lamb", "optimizer.schedule": "wsd"}),
     "text": ("next_token", {"watch.evaluate_every": 5}),
     "text, accumulated, average": ("next_token", {"train.microbatch": 2, "train.ema": 0.9}),
 }
