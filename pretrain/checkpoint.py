@@ -2,29 +2,35 @@
 
 A checkpoint is a folder: safetensors for tensors, JSON for the rest, nothing that runs. It is written
 under a hidden name, every file forced to disk, a manifest of sizes and checksums last; then the folder
-is renamed, and then `LATEST`. Reading takes the newest folder that matches its manifest.
+is renamed, and then `LATEST` (for people; nothing here believes it). Reading takes the newest folder that
+matches its manifest, and reads no file that the manifest does not name. `pretrain.saver` does the writing.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
+from data import files
 from data.errors import UserError
-from data.files import sha256, sync, write_atomically
+from data.files import Bytes, remove_folder, sync, write_atomically, write_durably
+from pretrain.tensors import CHUNK, Stored
 
 MANIFEST = "manifest.json"
+STATE = "state.json"
+Facts = dict[str, Any]
+"""Of one file: its `bytes`, and `sha256`, the digests of each `CHUNK` of it."""
+_NAME = re.compile(r"step-(\d{9,})")
+_THREADS = 8
 
 
 @dataclass
@@ -32,60 +38,84 @@ class Checkpoint:
     """A run's whole state between two steps."""
 
     tensors: dict[str, dict[str, Tensor]]
-    """By file: `model` (the objective's state_dict), `optimizer`, and `ema` where one is kept."""
+    """By kind: `model`, `optimizer`, …; the live tensors, whole or sharded (DTensor), not copies."""
     state: dict[str, Any]
     """What JSON holds: step, position, recipe, dataset fingerprint, loss scaler."""
 
 
-def save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `checkpoint` as `folder/name`, point `LATEST` at it, then remove all but the newest `keep`.
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a newer one has been written."""
 
-    Names sort by age. Raises `UserError` when the disk is full or cannot be written; what was there stays.
-    """
-    try:
-        return _save(folder, name, checkpoint, keep)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"checkpoint {folder / name} cannot be written ({error}); make room, then the same command goes on "
-            "from the one before"
-        ) from None
+    last: int = 2
+    """This many of the newest."""
+    every: int = 0
+    """And, for good, those whose step is a multiple of this; 0 for none."""
 
 
-def _save(folder: Path, name: str, checkpoint: Checkpoint, keep: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, final = folder / f".{name}.partial", folder / name
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for kind, tensors in checkpoint.tensors.items():
-        path = temporary / f"{kind}.safetensors"
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-        sync(path)
-    write_atomically(temporary / "state.json", json.dumps(checkpoint.state, indent=1))
-    files = sorted(temporary.iterdir())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
-    write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-    _remove(final)
-    os.replace(temporary, final)
+def checkpoint_name(step: int) -> str:
+    """Of the checkpoint after `step` steps; names sort by age."""
+    return f"step-{step:09d}"
+
+
+def write_file(path: Path, chunks: Iterable[Bytes]) -> Facts:
+    """Write a new file durably; its facts for the manifest come from what was to be written, not from the disk."""
+    digests: list[str] = []
+    count = 0
+
+    def watched() -> Iterable[Bytes]:
+        nonlocal count
+        for chunk in chunks:
+            digests.append(hashlib.sha256(chunk).hexdigest())
+            count += len(chunk)
+            yield chunk
+
+    write_durably(path, watched())
+    return {"bytes": count, "sha256": digests}
+
+
+def commit(partial: Path, name: str, manifest: dict[str, Facts]) -> Path:
+    """Turn a folder of forced files into the checkpoint `name` beside it; the newest one from then on."""
+    folder, final = partial.parent, partial.parent / name
+    write_atomically(partial / MANIFEST, json.dumps(manifest, indent=1))
+    _set_aside(final)
+    files.disk.rename(partial, final)
     sync(folder)
-    write_atomically(folder / "LATEST", name + "\n")
-    _prune(folder, name, keep)
     return final
+
+
+def tidy(folder: Path, name: str, retention: Retention, spare: Callable[[str], bool] = lambda _: False) -> None:
+    """Point `LATEST` at the checkpoint `name`, just committed; remove what it makes superfluous and what crashes left.
+
+    Args:
+        spare: whether a hidden name belongs to a save under way.
+    """
+    write_atomically(folder / "LATEST", name + "\n")
+    found = complete(folder)
+    older = [path for path in found if step_of(path) <= step_of(folder / name)]
+    for path in older[: -retention.last]:
+        if not (retention.every and step_of(path) % retention.every == 0):
+            _remove(path)
+    for path in found[len(older) :]:
+        _set_aside(path)
+    clear(folder, spare)
+
+
+def clear(folder: Path, spare: Callable[[str], bool] = lambda _: False) -> None:
+    """Remove half-written and half-removed checkpoints but those that `spare` says are being written."""
+    for path in folder.glob(".*.partial"):
+        if not spare(path.name):
+            remove_folder(path)
 
 
 def newest(folder: Path, report: Callable[[str], None]) -> Path | None:
     """The newest checkpoint in `folder` that verifies, or None; damaged ones are reported and passed over."""
-    for path in sorted(_complete(folder), reverse=True):
+    for path in reversed(complete(folder)):
         reason = problem(path)
         if reason is None:
             return path
         report(f"checkpoint {path} is damaged ({reason}); looking for an older one")
     return None
-
-
-def read(path: Path) -> Checkpoint:
-    """Read a checkpoint that is known to be whole (`newest` or `problem` said so)."""
-    tensors = {file.stem: load_file(file) for file in path.glob("*.safetensors")}
-    return Checkpoint(tensors=tensors, state=json.loads((path / "state.json").read_text()))
 
 
 def choose(folder: Path, resume: str, report: Callable[[str], None] = lambda _: None) -> Path | None:
@@ -101,84 +131,109 @@ def choose(folder: Path, resume: str, report: Callable[[str], None] = lambda _: 
         if reason:
             raise UserError(f"checkpoint {resume} cannot be used: {reason}")
         return Path(resume)
-    if resume == "never" and _complete(folder):
+    found = complete(folder)
+    if resume == "never" and found:
         raise UserError(f"{folder} already holds checkpoints; choose another --output or go on with --resume auto")
-    found = newest(folder, report)
-    if found is None and _complete(folder):
-        path = max(_complete(folder))
-        raise UserError(f"no checkpoint in {folder} is whole ({path.name}: {problem(path)}); remove them to start anew")
-    return found
+    chosen = newest(folder, report)
+    if chosen is None and found:
+        last = found[-1]
+        raise UserError(f"no checkpoint in {folder} is whole ({last.name}: {problem(last)}); remove them to start anew")
+    return chosen
 
 
 def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words; None when every file matches the manifest."""
+    """What is wrong with a checkpoint folder, in words; None when every file matches the manifest.
+
+    Checksums are computed on several threads, also within one file.
+    """
+    chunks: list[tuple[str, int, str]] = []
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_manifest(path)
         for name, facts in manifest.items():
-            file = path / name
-            if not file.exists():
+            if not (path / name).is_file():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-            if sha256(file) != facts["sha256"]:
-                return f"{name} does not match its checksum"
+            size = (path / name).stat().st_size
+            if size != facts["bytes"]:
+                return f"{name} has {size} bytes instead of {facts['bytes']}"
+            if len(facts["sha256"]) != -(-size // CHUNK):
+                return f"{name} has another number of checksums than parts"
+            chunks += [(name, number, digest) for number, digest in enumerate(facts["sha256"])]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
-    return None if "state.json" in manifest else "state.json is missing from the manifest"
+    if STATE not in manifest:
+        return f"{STATE} is missing from the manifest"
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+        for reason in threads.map(lambda chunk: _chunk_problem(path / chunk[0], chunk[1], chunk[2]), chunks):
+            if reason is not None:
+                threads.shutdown(wait=False, cancel_futures=True)
+                return reason
+    return None
 
 
-def optimizer_tensors(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """An optimiser's state by parameter name: `layer.weight::exp_avg`, …"""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    tensors = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{names[id(parameter)]}::{key}"] = torch.as_tensor(value)
-    return tensors
+def read_manifest(path: Path) -> dict[str, Facts]:
+    """By file name; raises `ValueError` where a name leads out of the folder."""
+    manifest: dict[str, Facts] = json.loads((path / MANIFEST).read_text())
+    for name in manifest:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is no file name")
+    return manifest
 
 
-def load_optimizer(optimizer: Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; raises `UserError` when a name belongs to no parameter."""
-    parameters = dict(module.named_parameters())
-    state: dict[Tensor, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, field = key.rpartition("::")
-        if name not in parameters:
-            raise UserError(f"the checkpoint's optimiser has state for {name!r}, which the model lacks")
-        parameter = parameters[name]
-        # Step counters stay where the optimiser made them (on the host unless fused); moments go with the weight.
-        device = parameter.device if tensor.ndim or optimizer.defaults.get("fused") else tensor.device
-        state.setdefault(parameter, {})[field] = tensor.to(device)
-    optimizer.state.clear()
-    optimizer.state.update(state)
+def read_state(path: Path) -> dict[str, Any]:
+    """What JSON holds of a checkpoint that is known to be whole."""
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
 
 
-def _complete(folder: Path) -> list[Path]:
+def read_tensors(path: Path, kind: str) -> Stored:
+    """The tensors of one kind of a checkpoint that is known to be whole; nothing is read before it is asked for."""
+    pattern = re.compile(re.escape(kind) + r"(-\d{5}-of-\d{5})?\.safetensors")
+    return Stored([path / name for name in sorted(read_manifest(path)) if pattern.fullmatch(name)])
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, whole or damaged, oldest first."""
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
 
 
-def _prune(folder: Path, name: str, keep: int) -> None:
-    """Remove what `name`, just written, makes superfluous."""
-    found = sorted(_complete(folder))
-    stale = [path for path in found if path.name <= name][:-keep]
-    # A later one is left of a run that went on from an older checkpoint: damaged, or it would have been taken.
-    stale += [path for path in found if path.name > name and problem(path)]
-    for path in stale:
-        _remove(path)
-    for path in folder.glob(".*.partial"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, path
+    return int(found[1])
+
+
+def _set_aside(path: Path) -> None:
+    """Take a checkpoint of a future that was given up (the run went on from an older one) out of sight.
+
+    Were it left as it is, the next start would fall back into that future.
+    """
+    if not path.exists():
+        return
+    if problem(path):
+        return _remove(path)
+    number, aside = 1, path.with_name(f"abandoned-{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"abandoned-{path.name}.{number}")
+    files.disk.rename(path, aside)
 
 
 def _remove(path: Path) -> None:
     """Hide a checkpoint, then delete it: one that is half gone is never to be seen."""
-    if path.exists():
-        hidden = path.with_name(f".{path.name}.old.partial")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(path, hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
+    hidden = path.with_name(f".{path.name}.old.partial")
+    remove_folder(hidden)
+    files.disk.rename(path, hidden)
+    remove_folder(hidden)
+
+
+def _chunk_problem(path: Path, number: int, digest: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            found = hashlib.sha256(os.pread(file.fileno(), CHUNK, number * CHUNK)).hexdigest()
+    except OSError as error:
+        return f"{path.name} cannot be read ({error})"
+    return None if found == digest else f"{path.name} does not match its checksum"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from data.errors import UserError
 from data.keyed import hash64
 from pretrain import checkpoint
 from pretrain.accelerator import heard, on_main, start_trackers
@@ -22,6 +23,7 @@ from pretrain.pace import Pace
 from pretrain.progress import ProgressLine
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
+from pretrain.saver import Saver, saving
 from pretrain.setup import Setup, prepare
 
 
@@ -59,15 +61,16 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     on_main(accelerator, lambda: run.begin(recipe, state.step))
     start_trackers(accelerator, recipe)
     line.say(_opening(setup, start))
-    with run.watched(state), heard(accelerator):
-        _run(setup, run, line)
+    with run.watched(state), heard(accelerator), saving(accelerator, run.checkpoints, recipe.watch) as saver:
+        saver.last = start
+        _run(setup, run, line, saver)
         if setup.main:
             export(recipe, state, setup.data, run.export)
     accelerator.end_training()
     return run.export
 
 
-def _run(setup: Setup, run: RunFolder, line: ProgressLine) -> None:
+def _run(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None:
     """Take all steps that are left, and log, evaluate and save when it is time."""
     state, watch = setup.state, setup.recipe.watch
     setup.loader.position = state.position
@@ -93,8 +96,9 @@ def _run(setup: Setup, run: RunFolder, line: ProgressLine) -> None:
                 _record(setup, run, values)
                 line.say(f"step {state.step:,}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
         if _due(setup, watch.checkpoint_every):
-            on_main(setup.accelerator, lambda: _save(setup, run))
+            _save(setup, run, line, saver)
     line.end()
+    on_main(setup.accelerator, lambda: _written(saver))
 
 
 def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
@@ -144,11 +148,21 @@ def _record(setup: Setup, run: RunFolder, values: dict[str, float]) -> None:
     setup.accelerator.log(values, step=setup.state.step)
 
 
-def _save(setup: Setup, run: RunFolder) -> None:
-    state, recipe = setup.state, setup.recipe
-    snapshot = state.snapshot(recipe, setup.data.train.fingerprint)
-    checkpoint.save(run.checkpoints, f"step-{state.step:09d}", snapshot, recipe.watch.checkpoint_keep)
-    run.status("running", step=state.step, **({"damaged": state.damaged} if state.damaged else {}))
+def _save(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None:
+    """Begin to write a checkpoint; says what became of the one before."""
+    problem = saver.finish()
+    if problem:
+        line.say(f"{problem}; the run goes on, and would resume from {saver.last or 'where it started'}")
+    saver.save(setup.state.step, setup.state.snapshot(setup.recipe, setup.data.train.fingerprint))
+    facts = {"checkpoint": saver.last and saver.last.name, "problem": problem, "damaged": setup.state.damaged}
+    run.status("running", step=setup.state.step, **{name: fact for name, fact in facts.items() if fact})
+
+
+def _written(saver: Saver) -> None:
+    """Wait for the last checkpoint; raises `UserError` when it could not be written."""
+    problem = saver.finish()
+    if problem:
+        raise UserError(f"{problem}; make room, then the same command goes on from the checkpoint before")
 
 
 def _opening(setup: Setup, start: Path | None) -> str:

@@ -78,6 +78,8 @@ class WatchConfig(BaseModel):
     """Steps between two checkpoints (and at the end)."""
     checkpoint_keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
+    checkpoint_keep_every: int = Field(default=0, ge=0)
+    """Checkpoints of every so many steps are kept for good; 0 for none."""
     trackers: list[str] = Field(default_factory=list)
     """Accelerate's trackers: tensorboard, wandb, mlflow, …"""
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken_disk import BrokenDisk, Crash
 from pretrain_kit import recipe
 from torch import Tensor
 
+from data import files
 from data.errors import UserError
-from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoint, choose, newest, problem, read
+from pretrain.checkpoint import Checkpoint, Retention, choose, newest, problem, read_state
 from pretrain.loop import take_step
+from pretrain.saver import Saver
 from pretrain.setup import Setup, prepare
 
 
@@ -26,12 +27,21 @@ def made(step: int) -> Checkpoint:
     return Checkpoint({"model": tensors, "optimizer": {"w::exp_avg": torch.randn(3, 2)}}, {"step": step})
 
 
+def write(folder: Path, step: int, snapshot: Checkpoint, keep: int = 3, every: int = 0) -> Path:
+    """Save at once, in this thread."""
+    saver = Saver(folder, Retention(keep, every), background=False)
+    saver.save(step, snapshot)
+    assert saver.problem is None
+    assert saver.last is not None
+    return saver.last
+
+
 def save(folder: Path, step: int, keep: int = 3) -> Path:
-    return checkpoint.save(folder, f"step-{step:09d}", made(step), keep)
+    return write(folder, step, made(step), keep)
 
 
 def step_of(path: Path | None) -> int | None:
-    return None if path is None else int(read(path).state["step"])
+    return None if path is None else int(read_state(path)["step"])
 
 
 def ignore(_: str) -> None:
@@ -57,7 +67,7 @@ def test_a_training_state_returns_bit_for_bit(digits: Path, tmp_path: Path) -> N
     setup = trained(digits, tmp_path, 3)
     before = all_tensors(setup)
     assert {name.partition("/")[0] for name in before} == {"model", "optimizer", "ema"}
-    path = checkpoint.save(tmp_path, "step-000000003", setup.state.snapshot(setup.recipe, "f"), 1)
+    path = write(tmp_path, 3, setup.state.snapshot(setup.recipe, "f"))
     fresh = trained(digits, tmp_path, 0)
     assert not torch.equal(all_tensors(fresh)["model/decoder_head.weight"], before["model/decoder_head.weight"])
     fresh.state.restore(path, fresh.recipe, "f")
@@ -69,7 +79,7 @@ def test_a_training_state_returns_bit_for_bit(digits: Path, tmp_path: Path) -> N
 
 def test_nothing_in_a_checkpoint_runs(digits: Path, tmp_path: Path) -> None:
     setup = trained(digits, tmp_path, 1)
-    path = checkpoint.save(tmp_path, "step-000000001", setup.state.snapshot(setup.recipe, "f"), 1)
+    path = write(tmp_path, 1, setup.state.snapshot(setup.recipe, "f"))
     names = sorted(file.name for file in path.iterdir())
     assert names == ["ema.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     for file in path.iterdir():
@@ -90,7 +100,7 @@ def test_another_recipe_is_refused_with_the_difference(
     digits: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     setup = trained(digits, tmp_path, 0)
-    path = checkpoint.save(tmp_path, "step-000000000", setup.state.snapshot(setup.recipe, "f"), 1)
+    path = write(tmp_path, 0, setup.state.snapshot(setup.recipe, "f"))
     with pytest.raises(UserError) as caught:
         setup.state.restore(path, recipe("mae", digits / "train", change | {"train.ema": 0.9}), "f")
     assert words in str(caught.value)
@@ -189,70 +199,55 @@ def test_where_a_run_goes_on(tmp_path: Path) -> None:
         choose(tmp_path, str(tmp_path / "nowhere"))
 
 
-class Crash(BaseException):
-    """The machine stops here."""
-
-
-class Countdown:
-    """Stops at the `n`-th call of any wrapped function: before it, or with a write half done."""
-
-    def __init__(self, left: int) -> None:
-        self.left = left
-
-    def wrap(self, function: Callable[..., Any], half: Callable[..., Any] | None = None) -> Callable[..., Any]:
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if self.left == 0:
-                if half is not None:
-                    half(*args)
-                raise Crash
-            return function(*args, **kwargs)
-
-        return wrapped
-
-
-def half_written(tensors: dict[str, Tensor], path: Path) -> None:
-    Path(path).write_bytes(b"\x10\0\0\0\0\0\0\0{")
+def visible(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
 def test_a_crash_anywhere_in_a_save_leaves_a_whole_newest_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    at, crashed = 0, True
-    while crashed:
+    at, broken = 0, True
+    while broken:
         at += 1
         folder = tmp_path / str(at)
         save(folder, 1, keep=1)
-        with monkeypatch.context() as patch:
-            count = Countdown(at)
-            for name in ("replace", "fsync", "open", "mkdir", "unlink", "rmdir"):
-                patch.setattr(os, name, count.wrap(getattr(os, name)))
-            patch.setattr(checkpoint, "save_file", count.wrap(checkpoint.save_file, half_written))
-            patch.setattr(shutil, "rmtree", count.wrap(shutil.rmtree))
-            try:
-                save(folder, 2, keep=1)
-                crashed = False
-            except Crash:
-                pass
+        disk = BrokenDisk(at)
+        with monkeypatch.context() as patch, contextlib.suppress(Crash):
+            patch.setattr(files, "disk", disk)
+            save(folder, 2, keep=1)
+        broken = disk.broken
         said: list[str] = []
         found = step_of(newest(folder, said.append))
-        assert found in (1, 2), f"crash at call {at}"
-        assert found == 2 or crashed
-        visible = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        assert not said, f"a half checkpoint is visible after a crash at call {at}: {said}"
-        assert all(problem(path) is None for path in visible), f"crash at call {at}"
+        assert found in (1, 2), f"crash at {disk.operations}"
+        assert found == 2 or broken
+        assert not said, f"a half checkpoint is visible after a crash at {disk.operations}: {said}"
+        assert all(problem(path) is None for path in visible(folder)), f"crash at {disk.operations}"
         # The next save clears whatever the crash left.
         save(folder, 3, keep=1)
         assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step-000000003"]
+    assert {"open", "write", "fsync", "rename", "mkdir", "unlink", "rmdir"} == set(disk.operations)
+    assert at > 25
+
+
+def test_a_disk_full_at_any_write_is_one_sentence_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, broken = 0, True
+    while broken:
+        at += 1
+        folder = tmp_path / str(at)
+        save(folder, 1, keep=1)
+        disk = BrokenDisk(at, "full", only=("open", "write", "fsync", "mkdir", "rename"))
+        saver = Saver(folder, Retention(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "disk", disk)
+            saver.save(2, made(2))
+            said = saver.finish()
+        broken = disk.broken
+        assert broken == (said is not None)
+        assert said is None or "No space left on device" in said
+        assert step_of(newest(folder, ignore)) in ((2,) if saver.last is not None else (1, 2))
+        assert len(list(folder.glob(".*.partial"))) <= 1, "a failed save makes room again"
+        # The same saver goes on once there is room.
+        saver.save(3, made(3))
+        assert saver.finish() is None
+        assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step-000000003"]
     assert at > 15
-
-
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="No space left on device"):
-            save(tmp_path, 2)
-    assert step_of(newest(tmp_path, ignore)) == 1

@@ -21,7 +21,6 @@ from data.dataset import ShardedDataset
 from data.errors import UserError
 from data.files import sha256
 from data.loader import sequential
-from pretrain import checkpoint
 from pretrain.encoders.vision import VisionConfig, eval_view
 from pretrain.export import check, export_run, exported_step
 from pretrain.loop import train
@@ -59,7 +58,7 @@ def test_pictures_through_timm_and_transformers(runs: dict[str, Path], name: str
     encoder = objective.exported().eval()
     if chosen.train.ema is not None:
         last = runs[name] / "checkpoints" / (runs[name] / "checkpoints" / "LATEST").read_text().strip()
-        average = checkpoint.read(last).tensors["ema"]
+        average = load_file(last / "ema.safetensors")
         assert not torch.equal(average["blocks.0.mlp.fc1.weight"], encoder.state_dict()["blocks.0.mlp.fc1.weight"])
         encoder.load_state_dict(average)
     batch = next(sequential(ShardedDataset(digits / "test"), 6, canvas=8))
@@ -93,7 +92,7 @@ def test_text_through_transformers(runs: dict[str, Path], name: str) -> None:
     assert isinstance(objective, NextToken)
     if chosen.train.ema is not None:
         last = runs[name] / "checkpoints" / (runs[name] / "checkpoints" / "LATEST").read_text().strip()
-        average = checkpoint.read(last).tensors["ema"]
+        average = load_file(last / "ema.safetensors")
         weight = objective.encoder.state_dict()["layers.0.attn.Wqkv.weight"]
         assert not torch.equal(average["layers.0.attn.Wqkv.weight"], weight)
         objective.encoder.load_state_dict(average)
