@@ -6,12 +6,16 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from data.keyed import hash64
+from pretrain.norm import StatisticsGuard, untracked
+from pretrain.objectives.protocol import JointObjective, Output
 from pretrain.setup import Setup
 
 
@@ -26,6 +30,8 @@ class Sums:
     metrics: dict[str, float]
     waited: float
     """Seconds this process waited for data."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over the global batch for the objective's `after_step`."""
 
     @property
     def finite(self) -> bool:
@@ -43,26 +49,114 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     """Put the gradient of the global batch's mean loss, clipped, into the parameters' `.grad`.
 
     Each microbatch adds the gradient of its *sum*, scaled by a constant; the number of targets of the
-    whole global batch is known only at the end, and divides then. So 1 x 8, 2 x 4 and 8 x 1 agree.
+    whole global batch is known only at the end, and divides then. So 1 x 8, 2 x 4 and 8 x 1 agree. If the
+    loss or gradient is not finite, BatchNorm's running statistics are those of before.
     """
-    accelerator, loader = setup.accelerator, setup.loader
-    waited, names = 0.0, []
-    totals = torch.zeros((), device=accelerator.device)
-    for number in range(loader.accumulation):
+    accelerator, objective = setup.accelerator, setup.state.objective
+    guard = StatisticsGuard(objective)
+    source = _Timed(setup, batches)
+    cached = objective.joint and setup.loader.accumulation > 1
+    gathered = (_cached if cached else _accumulated)(setup, source, progress)
+    names = sorted(gathered.metrics)
+    values = [gathered.loss_sum, gathered.target_count] + [gathered.metrics[name] for name in names]
+    totals = accelerator.reduce(torch.stack([value.detach().double() for value in values]), reduction="sum")
+    statistics = {name: accelerator.reduce(value, reduction="sum") for name, value in gathered.statistics.items()}
+    norm = _scale_and_clip(setup, totals[1])
+    loss, count, *metrics, norm_value = torch.cat([totals, norm[None]]).tolist()
+    sums = Sums(loss, count, norm_value, dict(zip(names, metrics, strict=True)), source.waited, statistics)
+    if not sums.finite:
+        guard.restore()
+    return sums
+
+
+class _Timed:
+    """The global batch's microbatches, on the device, and the seconds they were waited for."""
+
+    def __init__(self, setup: Setup, batches: Iterator[Any]) -> None:
+        self.batches, self.device, self.waited = batches, setup.accelerator.device, 0.0
+
+    def __next__(self) -> Any:
         asked = time.monotonic()
-        batch = next(batches).to(accelerator.device, non_blocking=True)
-        waited += time.monotonic() - asked
+        batch = next(self.batches).to(self.device, non_blocking=True)
+        self.waited += time.monotonic() - asked
+        return batch
+
+
+def _accumulated(setup: Setup, source: _Timed, progress: float) -> Output:
+    """One forward and backward pass a microbatch; processes' gradients are averaged with the last."""
+    accelerator, loader = setup.accelerator, setup.loader
+    parts = []
+    for number in range(loader.accumulation):
+        batch = next(source)
         last = number + 1 == loader.accumulation
         with nullcontext() if last else accelerator.no_sync(setup.model):
             output = setup.model(batch, progress)
             accelerator.backward(output.loss_sum / loader.batch_size)
-        names = sorted(output.metrics)
-        values = [output.loss_sum, output.target_count] + [output.metrics[name] for name in names]
-        totals = totals + torch.stack([value.detach().double() for value in values])
-    totals = accelerator.reduce(totals, reduction="sum")
-    norm = _scale_and_clip(setup, totals[1])
-    loss, count, *metrics, norm_value = torch.cat([totals, norm[None]]).tolist()
-    return Sums(loss, count, norm_value, dict(zip(names, metrics, strict=True)), waited)
+        parts.append(output)
+    return Output(
+        torch.stack([part.loss_sum.detach().double() for part in parts]).sum(),
+        torch.stack([part.target_count.double() for part in parts]).sum(),
+        _added([part.metrics for part in parts]),
+        _added([part.statistics for part in parts]),
+    )
+
+
+def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+
+
+def _cached(setup: Setup, source: _Timed, progress: float) -> Output:
+    """Gradient caching (GradCache: Gao et al. 2021, section 3): a loss over the whole share in several microbatches.
+
+    All are embedded without a gradient, then compared at once, which gives the gradient of the embeddings; then
+    each is embedded anew and takes its part of that gradient further. Memory is that of one microbatch; the price
+    is a second forward pass.
+    """
+    accelerator, objective = setup.accelerator, setup.state.objective
+    assert isinstance(objective, JointObjective)
+    batches = [next(source) for _ in range(setup.loader.accumulation)]
+    seed = torch.initial_seed()
+    embedded, observed = [], []
+    for number, batch in enumerate(batches):
+        with torch.no_grad(), accelerator.autocast():
+            views = objective.view(batch)
+            _reseed(seed, number)
+            with untracked(objective):
+                embedded.append(objective.embed(views, progress))
+            observed.append(objective.observe(views, progress))
+    leaves = {name: torch.cat([part[name] for part in embedded]).requires_grad_() for name in embedded[0]}
+    constants = {name: torch.cat([part[name] for part in observed]) for name in observed[0]}
+    with accelerator.autocast():
+        output = objective.compare(leaves | constants, progress)
+    accelerator.backward(output.loss_sum / setup.loader.batch_size)
+    places = {name: [len(part[name]) for part in embedded] for name in leaves}
+    gradients = {name: leaf.grad.split(places[name]) for name, leaf in leaves.items() if leaf.grad is not None}
+    for number, batch in enumerate(batches):
+        with accelerator.autocast():
+            views = objective.view(batch)
+            _reseed(seed, number)
+            again = objective.embed(views, progress)
+        torch.autograd.backward([again[name] for name in gradients], [gradients[name][number] for name in gradients])
+    _average_gradients(setup)
+    return output
+
+
+def _reseed(seed: int, number: int) -> None:
+    """Both passes over a microbatch draw the same from torch's global state (stochastic depth, dropout)."""
+    torch.manual_seed(int(hash64(seed & (2**63 - 1), number) >> np.uint64(1)))
+
+
+def _average_gradients(setup: Setup) -> None:
+    """What DistributedDataParallel does in its own backward pass: the mean over processes, in place."""
+    if setup.accelerator.num_processes == 1:
+        return
+    gradients = [p.grad for p in setup.state.objective.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    parts = flat.div_(setup.accelerator.num_processes).split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
 def _scale_and_clip(setup: Setup, count: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     sums = global_gradient(setup, batches, progress)
     if sums.finite:
         state.optimizer.step()
-        state.objective.after_step(progress)
+        state.objective.after_step(progress, sums.statistics)
         if state.average is not None and recipe.train.ema is not None:
             update_average(state.average, state.objective.exported(), recipe.train.ema)
     elif state.scaler is not None:

@@ -12,6 +12,7 @@ from data.loader import Loader
 from pretrain.accelerator import make_accelerator, wrap
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average
+from pretrain.norm import synchronise
 from pretrain.optim import build_optimizer
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
@@ -53,6 +54,8 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     recipe = resolve(recipe, data)
     loader = make_loader(recipe, data, accelerator)
     objective = build_objective(recipe).to(accelerator.device)
+    if accelerator.num_processes > 1:
+        synchronise(objective)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None
     optimizer = build_optimizer(objective, recipe.optimizer)
     if recipe.train.compile:

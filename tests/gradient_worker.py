@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.batch import ImageBatch
 from pretrain.gradient import global_gradient
 from pretrain.objectives.masked_image import MaskedAutoencoder
 from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.protocol import JointObjective, Objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import load_recipe
 from pretrain.setup import prepare
@@ -32,13 +34,15 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
         for batch in loader:
             ids.extend(batch.ids.tolist())
             if isinstance(batch, ImageBatch):
-                assert isinstance(objective, MaskedAutoencoder)
-                seen = objective.view(batch)
+                seen = drawn(objective, batch)
             else:
                 assert isinstance(objective, NextToken)
-                seen = batch.tokens
+                seen = [batch.tokens]
                 targets += objective.targets(batch.tokens, batch.documents)[1].sum().item()
-            views.extend(hashlib.sha256(sample.contiguous().numpy().tobytes()).hexdigest() for sample in seen)
+            for sample in zip(*seen, strict=True):
+                views.append(
+                    hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in sample)).hexdigest()
+                )
             yield batch
 
     stream = watched(iter(setup.loader))
@@ -55,7 +59,17 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
         "count": sums.count,
         "norm": sums.norm,
         "metrics": sums.metrics,
+        "statistics": sums.statistics,
     }
+
+
+def drawn(objective: Objective, batch: ImageBatch) -> list[Tensor]:
+    """What the objective makes of a batch's keys, sample by sample."""
+    if isinstance(objective, JointObjective):
+        found = objective.view(batch)
+        return [x.transpose(0, 1) if x.ndim == 5 else x for _, x in sorted(found.items())]
+    assert isinstance(objective, MaskedAutoencoder)
+    return [objective.view(batch)]
 
 
 if __name__ == "__main__":

@@ -44,7 +44,15 @@ NEXT_TOKEN: dict[str, Any] = {
     "train": {"batch_size": 8, "steps": 12},
     "watch": {"log_every": 1, "evaluate_every": 0, "checkpoint_every": 4},
 }
-BASES = {"mae": MAE, "next_token": NEXT_TOKEN}
+_TWO_VIEWS = {"views": [{"count": 2, "scale": [0.5, 1.0]}], "hidden_width": 16}
+PICTURES: dict[str, dict[str, Any]] = {
+    "simclr": _TWO_VIEWS | {"name": "simclr", "projection_width": 8, "temperature": 0.5},
+    "moco": _TWO_VIEWS | {"name": "moco", "projection_width": 8, "momentum": 0.9, "queue": 24},
+}
+"""Objectives for pictures beside MAE, over the same tiny ViT."""
+BASES = {"mae": MAE, "next_token": NEXT_TOKEN} | {
+    name: MAE | {"name": f"tiny_{name}", "objective": objective} for name, objective in PICTURES.items()
+}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_worker import observe
-from pretrain_kit import ENVIRONMENT, recipe, write_recipe
+from pretrain_kit import ENVIRONMENT, PICTURES, recipe, write_recipe
 from torch.testing import assert_close
 
 from pretrain.setup import prepare
@@ -21,13 +21,14 @@ TOLERANCE = {"atol": 2e-6, "rtol": 2e-4}
 CASES: dict[str, dict[str, Any]] = {
     "mae": {"train.batch_size": 24},
     "mae, clipped": {"train.batch_size": 24, "train.clip": 0.01},
+    **{name: {"train.batch_size": 12} for name in PICTURES},
     "next_token": {"train.batch_size": 12, "objective.z_loss": 1e-3},
 }
 BATCHES = 2
 
 
 def settings(case: str, microbatch: int | None) -> dict[str, Any]:
-    prefix = {"encoder.model_args.class_token": True} if objective(case) == "mae" else {}
+    prefix = {"encoder.model_args.class_token": True} if objective(case) != "next_token" else {}
     return {"train.clip": None, "train.microbatch": microbatch} | prefix | CASES[case]
 
 
@@ -36,7 +37,7 @@ def objective(case: str) -> str:
 
 
 def data_of(case: str, digits: Path, sentences: Path) -> Path:
-    return digits / "train" if objective(case) == "mae" else sentences
+    return sentences if objective(case) == "next_token" else digits / "train"
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def test_two_processes_make_the_joined_batch_s_gradient(
         assert each["loss"] == pytest.approx(joined["loss"], rel=1e-5)
         assert each["norm"] == pytest.approx(joined["norm"], rel=1e-4)
         assert each["metrics"] == pytest.approx(joined["metrics"], rel=1e-4)
+        assert_close(each["statistics"], joined["statistics"], **TOLERANCE)
         assert each["gradient"].keys() == joined["gradient"].keys()
         assert_close(each["gradient"], joined["gradient"], **TOLERANCE)
     assert all(torch.equal(first["gradient"][n], second["gradient"][n]) for n in joined["gradient"])

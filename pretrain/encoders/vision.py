@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from data.batch import ImageBatch
 from data.errors import UserError
+from pretrain.encoders import resnet_cifar  # noqa: F401 - its models join timm's list
 from pretrain.views import Interpolation, center_boxes, crop_resize, normalize
 
 

@@ -1,0 +1,19 @@
+"""All objectives for pictures: what a recipe may name, and what each name builds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.objectives.contrastive import MoCo, MoCoConfig, SimCLR, SimCLRConfig
+from pretrain.objectives.masked_image import MAEConfig, MaskedAutoencoder
+from pretrain.objectives.protocol import Objective
+
+PictureConfig = MAEConfig | SimCLRConfig | MoCoConfig
+
+PICTURES: dict[type, Callable[[Any, Any, Any], Objective]] = {
+    MAEConfig: MaskedAutoencoder,
+    SimCLRConfig: SimCLR,
+    MoCoConfig: MoCo,
+}
+"""By the type of a recipe's `objective`: called with it, the recipe's `encoder`, and the encoder built from that."""
