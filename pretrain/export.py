@@ -179,7 +179,7 @@ def _write_vision(config: VisionConfig, encoder: nn.Module, data: Datasets, canv
             "tag": "headwater",
             "custom_load": False,
             "input_size": [3, size, size],
-            "fixed_input_size": True,
+            "fixed_input_size": bool(described.get("fixed_input_size", False)),
             "interpolation": config.interpolation,
             "crop_pct": 1.0,
             "crop_mode": "center",
