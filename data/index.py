@@ -69,14 +69,23 @@ class ShardIndex:
     def with_pictures(self, tar: Path) -> ShardIndex:
         """The index without samples that hold no picture (descriptions, read-me files).
 
-        Raises `UserError` when none does.
+        Where no part has a picture's extension but exactly one ends with it (`image.jpg`), that one is the picture
+        and goes by the extension alone. Raises `UserError` when no sample holds a picture.
         """
         columns = [number for number, part in enumerate(self.parts) if part in IMAGE_PARTS]
+        alike = [number for number, part in enumerate(self.parts) if part.rpartition(".")[2] in IMAGE_PARTS]
+        if not columns and len(alike) == 1:
+            columns = alike
+        parts = [part.rpartition(".")[2] if number in columns else part for number, part in enumerate(self.parts)]
         kept = np.any(self.sizes[:, columns] >= 0, axis=1)
         if not kept.any():
-            raise UserError(f"{tar} holds no pictures, only {', '.join(self.parts)}; pictures end in jpg, png, …")
+            raise UserError(
+                f"{tar} holds no pictures, only {', '.join(self.parts[:20])}; names are KEY.jpg, KEY.png, … (with "
+                f"dots in the keys: `headwater shard convert --last-dot {tar} OUT`)"
+            )
         return replace(
             self,
+            parts=parts,
             offsets=self.offsets[kept],
             sizes=self.sizes[kept],
             labels=self.labels[kept],
@@ -135,14 +144,14 @@ def index_tar(path: Path) -> ShardIndex:
     """
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     for member in members(path):
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, extension = base.partition(".")
-        if not stem or not extension:
+        key, extension = split_name(member.name)
+        if not extension:
             continue
-        key = (folder + slash + stem).replace("\n", " ")
         if not samples or samples[-1][0] != key:
             samples.append((key, {}))
-        samples[-1][1][extension.lower()] = (member.offset, member.size)
+        if extension in samples[-1][1]:
+            raise UserError(f"{path}: sample {key!r} has two parts {extension!r}; rename one and pack it again")
+        samples[-1][1][extension] = (member.offset, member.size)
     if not samples:
         raise UserError(f"{path} holds no samples (files named KEY.EXTENSION)")
     parts = sorted({extension for _, found in samples for extension in found})
@@ -156,6 +165,18 @@ def index_tar(path: Path) -> ShardIndex:
         names=join_keys(key for key, _ in samples),
         tar_bytes=path.stat().st_size,
     )
+
+
+def split_name(name: str, last_dot: bool = False) -> tuple[str, str]:
+    """Key and extension of a member: WebDataset ends the key at the first dot of the base name.
+
+    With `last_dot` at the last one. The extension is in lower case, and empty for what is no part of a sample.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.rpartition(".") if last_dot else base.partition(".")
+    if not stem or not extension:
+        return name, ""
+    return (folder + slash + stem).replace("\n", " "), extension.lower()
 
 
 def join_keys(keys: Iterable[str]) -> bytes:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.dataset import ShardedDataset
-from data.errors import UserError
+from data.errors import DamagedData, UserError
 from data.files import sha256
 from data.images import UnreadableImage, open_image
 
@@ -27,7 +27,7 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         UserError: the dataset cannot be opened at all.
     """
-    dataset = ShardedDataset(source, context=1)
+    dataset = ShardedDataset(source, context=1, tolerance=1)
     shards = dataset.manifest["shards"]
     report: dict[str, Any] = {
         "kind": dataset.kind,
@@ -42,17 +42,25 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
         report |= {name: dataset.manifest[name] for name in facts}
         report["bytes_per_token"] = round(dataset.manifest["bytes"] / max(1, dataset.manifest["tokens"]), 3)
     else:
-        labels = dataset.labels()
-        names = dict(enumerate(dataset.classes)) or {int(n): str(n) for n in np.unique(labels[labels >= 0])}
-        report["labels"] = {name: int((labels == number).sum()) for number, name in names.items()}
-        report["unlabelled"] = int((labels < 0).sum())
+        try:
+            report |= _labels(dataset)
+        except DamagedData as error:
+            problems.append(str(error))
         report["pictures"] = _look(dataset, problems)
     if verify:
         for shard, path in zip(shards, dataset.paths, strict=True):
             for file, name in ((path, "sha256"), (path.with_suffix(".index"), "index_sha256")):
                 if name in shard and _digest(file) != shard[name]:
                     problems.append(f"{file} does not match its checksum; restore it or write the dataset again")
-    return report | {"problems": problems}
+    return report | {"problems": list(dict.fromkeys(problems))}
+
+
+def _labels(dataset: ShardedDataset) -> dict[str, Any]:
+    """How many samples each class has, and how many have none."""
+    labels = dataset.labels()
+    names = dict(enumerate(dataset.classes)) or {int(n): str(n) for n in np.unique(labels[labels >= 0])}
+    counts = {name: int((labels == number).sum()) for number, name in names.items()}
+    return {"labels": counts, "unlabelled": int((labels < 0).sum())}
 
 
 def _digest(path: Path) -> str | None:
@@ -71,8 +79,12 @@ def _look(dataset: ShardedDataset, problems: list[str]) -> dict[str, Any]:
         try:
             payload, _ = dataset.image(identity)
             image = open_image(payload)
-        except (UnreadableImage, UserError) as error:
+        except UserError as error:
             problems.append(str(error))
+            continue
+        except UnreadableImage as error:
+            where = dataset.paths[dataset.shard(identity)]
+            problems.append(f"picture {dataset.key(identity)!r} in {where} cannot be decoded: {error}")
             continue
         sides.append(image.size)
         formats.add(str(Image.open(BytesIO(payload)).format))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.errors import DamagedData, UserError
+from data.files import sha256
 from data.foreign import foreign_index
 from data.index import ShardIndex, load_index
 
@@ -64,7 +65,7 @@ class LocalStorage:
             raise DamagedData(f"{path} is missing; restore it, or write the dataset again")
         stamp = _stamp(path.stat())
         try:
-            index = foreign_index(path) if self.foreign else load_index(path.with_suffix(".index"))
+            index = foreign_index(path) if self.foreign else our_index(path.with_suffix(".index"), described)
         except UserError as error:
             raise DamagedData(str(error)) from None
         if (
@@ -95,6 +96,17 @@ class LocalStorage:
     def tar(self, shard: int) -> Path:
         """See `Storage`."""
         return self.names[shard]
+
+
+def our_index(path: Path, described: dict[str, Any]) -> ShardIndex:
+    """Load the index that a manifest's entry describes; raises `UserError` when it is not the one written then.
+
+    Nothing else vouches for its labels and keys. (Manifests of early versions hold no checksum.)
+    """
+    index = load_index(path)
+    if described.get("index_sha256", "") not in ("", sha256(path)):
+        raise UserError(f"{path} is damaged or another shard's; restore it or write the dataset again")
+    return index
 
 
 def _stamp(stat: os.stat_result) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import tarfile
 from collections.abc import Iterable
@@ -178,7 +180,11 @@ def test_compressed_truncated_and_other_files_are_refused(tmp_path: Path) -> Non
     payload = whole.read_bytes()
     last = list(members(whole))[-1]
     cases = {
-        "zipped": (gzip.compress(payload), "gzip"),
+        "zipped": (gzip.compress(payload), r"gzip-compressed.*`headwater shard convert .*zipped\.tar OUT`"),
+        "bz2": (bz2.compress(payload), "bzip2-compressed"),
+        "xz": (lzma.compress(payload), "xz-compressed"),
+        "between": (payload[: last.offset - 512], r"without an end marker.*convert --salvage .*between\.tar OUT"),
+        "joined": (payload + payload, r"goes on behind its end marker.*convert --salvage .*joined\.tar OUT"),
         "in_bytes": (payload[: last.offset + 10], "the member at byte .* runs past its end"),
         "in_header": (payload[: last.offset - 100], "cut off"),
         "in_padding": (payload[: last.offset + last.size + 1], "cut off"),
