@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.errors import DamagedData, UserError
-from data.index import IMAGE_PARTS, ShardIndex, checksum
+from data.errors import UserError
+from data.index import IMAGE_PARTS, TEXT_PARTS
 from data.keyed import hash_texts
+from data.order import Order
+from data.reader import ShardReader
 from data.source import open_source
 
 Ints = NDArray[np.int64]
@@ -57,9 +57,8 @@ class ShardedDataset:
         """Samples of each shard, before any split."""
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         """The first sample id of each shard."""
-        self._chosen: list[Ints] | None = None
-        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self.reader = ShardReader(self.storage, IMAGE_PARTS if self.kind == "images" else TEXT_PARTS)
+        self._chosen: list[NDArray[np.uint32]] | None = None
 
     @property
     def counts(self) -> Ints:
@@ -91,49 +90,66 @@ class ShardedDataset:
 
     @cached_property
     def _all_labels(self) -> Ints:
-        return np.concatenate([self._index(shard).labels for shard in range(len(self.paths))])
+        return np.concatenate([self.storage.index(shard).labels for shard in range(len(self.paths))])
 
     def shard(self, identity: int) -> int:
         """The number of the shard that holds sample `identity`."""
-        return self._place(identity)[0]
+        return int(self._places(np.array([identity]))[0][0])
+
+    def shard_name(self, identity: int) -> str:
+        """The path or URL of the shard that holds sample `identity`."""
+        return str(self.paths[self.shard(identity)])
 
     def sample(self, identity: int) -> dict[str, bytes]:
         """Every part of a sample by its extension (`jpg`, `txt`, `json`, …), as stored.
 
         Raises `DamagedData` where one cannot be read as it was written.
         """
-        shard, member = self._place(identity)
-        index = self._index(shard)
-        present = [column for column in range(len(index.parts)) if index.sizes[member, column] >= 0]
-        return {index.parts[column]: self._part(shard, member, column) for column in present}
+        shards, members = self._places(np.array([identity], dtype=np.int64))
+        index = self.reader.index(int(shards[0]))
+        present = [part for part, size in zip(index.parts, index.sizes[members[0]], strict=True) if size >= 0]
+        return {part: ShardReader(self.storage, (part,)).read(shards, members)[0][0] for part in present}
 
     def key(self, identity: int) -> str:
         """The key under which sample `identity` stands in its tar."""
-        shard, member = self._place(identity)
-        return self._index(shard).key(member)
+        shards, members = self._places(np.array([identity]))
+        return self.reader.index(int(shards[0])).key(int(members[0]))
+
+    def pictures(self, ids: Ints) -> tuple[list[bytes], Ints]:
+        """Encoded pictures of samples and their labels, int64 (n,); raises `DamagedData`."""
+        return self.reader.read(*self._places(ids))
 
     def image(self, identity: int) -> tuple[bytes, int]:
-        """Encoded picture and label of a sample; raises `UserError` when it has no picture."""
-        shard, member = self._place(identity)
-        index = self._index(shard)
-        for column, part in enumerate(index.parts):
-            if part in IMAGE_PARTS and index.sizes[member, column] >= 0:
-                return self._part(shard, member, column), int(index.labels[member])
-        raise UserError(f"sample {index.key(member)!r} in {self.paths[shard]} holds no picture ({index.parts})")
+        """Encoded picture and label of a sample; raises `DamagedData` when it has no picture."""
+        payloads, labels = self.pictures(np.array([identity], dtype=np.int64))
+        return payloads[0], int(labels[0])
+
+    def rows(self, ids: Ints) -> Ints:
+        """The token ids of rows: int64 (n, context + 1)."""
+        assert self.context is not None
+        shards, rows = self._places(ids)
+        block_tokens, dtype = self.manifest["block_tokens"], self.manifest["dtype"]
+        firsts = rows * self.context
+        blocks = firsts // block_tokens
+        counts = (firsts + self.context) // block_tokens - blocks + 1
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        payloads, _ = self.reader.read(np.repeat(shards, counts), np.repeat(blocks, counts) + within)
+        found = np.empty((len(ids), self.context + 1), dtype=np.int64)
+        done = 0
+        for place, (first, count) in enumerate(zip((firsts - blocks * block_tokens).tolist(), counts, strict=True)):
+            pieces = [_tokens(payload, dtype) for payload in payloads[done : done + count]]
+            tokens = pieces[0] if count == 1 else np.concatenate(pieces)
+            found[place] = tokens[first : first + self.context + 1]
+            done += count
+        return found
 
     def row(self, identity: int) -> Ints:
         """The `context + 1` token ids of a row: int64 (context + 1,)."""
-        assert self.context is not None
-        shard, row = self._place(identity)
-        block_tokens = self.manifest["block_tokens"]
-        first = row * self.context
-        last = first + self.context + 1
-        pieces = []
-        for block in range(first // block_tokens, (last - 1) // block_tokens + 1):
-            tokens = _tokens(self._part(shard, block, 0), self.manifest["dtype"])
-            start = block * block_tokens
-            pieces.append(tokens[max(first - start, 0) : last - start])
-        return np.concatenate(pieces).astype(np.int64)
+        return self.rows(np.array([identity], dtype=np.int64))[0]
+
+    def stream(self, seed: int, lanes: int = 1) -> SampleStream:
+        """This view's samples in shuffled order, by position; raises `UserError` when it is empty."""
+        return _Shuffled(self, Order(self.counts, seed, lanes=lanes))
 
     def split(self, validation: float) -> tuple[Self, Self]:
         """Two views, (train, validation): a sample's key decides on which side it falls.
@@ -145,10 +161,10 @@ class ShardedDataset:
             raise UserError(f"a validation share of {validation} is not between 0 and 1")
         if self.kind != "images":
             raise UserError("text is split by document when it is sharded: headwater shard text --validation")
-        sides: tuple[list[Ints], list[Ints]] = ([], [])
+        sides: tuple[list[NDArray[np.uint32]], list[NDArray[np.uint32]]] = ([], [])
         for shard in range(len(self.paths)):
-            held_out = hash_texts(_SPLIT_SEED, self._index(shard).keys) < np.uint64(validation * 2.0**64)
-            members = np.arange(len(held_out)) if self._chosen is None else self._chosen[shard]
+            held_out = hash_texts(_SPLIT_SEED, self.storage.index(shard).keys) < np.uint64(validation * 2.0**64)
+            members = np.arange(len(held_out), dtype=np.uint32) if self._chosen is None else self._chosen[shard]
             sides[0].append(members[~held_out[members]])
             sides[1].append(members[held_out[members]])
         train, valid = self._view(sides[0]), self._view(sides[1])
@@ -156,13 +172,13 @@ class ShardedDataset:
             raise UserError(f"a validation share of {validation} leaves one side of {len(self)} samples empty")
         return train, valid
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Open files stay behind when a worker process gets its copy.
-        return self.__dict__ | {"_files": OrderedDict()}
+    def copy(self) -> Self:
+        """The same view with a reader of its own, for another thread."""
+        return self._view(self._chosen)
 
-    def _view(self, chosen: list[Ints]) -> Self:
+    def _view(self, chosen: list[NDArray[np.uint32]] | None) -> Self:
         view = self.__class__.__new__(self.__class__)
-        view.__dict__.update(self.__dict__ | {"_chosen": chosen, "_files": OrderedDict()})
+        view.__dict__.update(self.__dict__ | {"_chosen": chosen, "reader": self.reader.copy()})
         return view
 
     def _sample_counts(self) -> Ints:
@@ -175,45 +191,38 @@ class ShardedDataset:
             raise UserError(f"no shard of {self.folder} has {self.context + 1} tokens (the longest has {longest})")
         return rows
 
-    def _place(self, identity: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self.starts, identity, side="right")) - 1
-        return shard, int(identity - self.starts[shard])
+    def _places(self, ids: Ints) -> tuple[Ints, Ints]:
+        """Shards and members of samples."""
+        shards = np.searchsorted(self.starts, ids, side="right") - 1
+        return shards, ids - self.starts[shards]
 
-    def _index(self, shard: int) -> ShardIndex:
-        if shard not in self._indexes:
-            self._indexes[shard] = self.storage.index(shard)
-        return self._indexes[shard]
 
-    def _part(self, shard: int, member: int, column: int) -> bytes:
-        index = self._index(shard)
-        size, offset = int(index.sizes[member, column]), int(index.offsets[member, column])
-        descriptor = self._file(shard)
-        try:
-            payload = os.pread(descriptor, size, offset)
-        except OSError as error:
-            raise DamagedData(f"cannot read {self.paths[shard]}: {error.strerror}") from None
-        good = len(payload) == size
-        if good and len(index.checksums):
-            good = checksum(payload) == int(index.checksums[member, column])
-        elif good:
-            self.storage.check(shard, descriptor)
-        if not good:
-            raise DamagedData(
-                f"{self.paths[shard]} has changed or is damaged: sample {index.key(member)!r} does not match "
-                "its index; run `headwater inspect` and restore the shard"
-            )
-        return payload
+class SampleStream(Protocol):
+    """Samples by position, for ever."""
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = self.storage.open(shard)
-            if len(self._files) > self.storage.most_open:
-                os.close(self._files.popitem(last=False)[1])
-        return self._files[shard]
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """Epochs and ids of the samples at `positions`, counted since the start of training."""
 
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
+    def ahead(self, position: int, lanes: Sequence[int]) -> None:
+        """Say that a reader of these lanes has come to `position`, so that storage can fetch what follows."""
+
+
+class _Shuffled:
+    """One dataset in its own order."""
+
+    def __init__(self, dataset: ShardedDataset, order: Order) -> None:
+        self.dataset, self.order = dataset, order
+        self._told: tuple[int, ...] = ()
+
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        place = self.order.locate(positions)
+        return place.epochs, self.dataset.ids(place.shards, place.members)
+
+    def ahead(self, position: int, lanes: Sequence[int]) -> None:
+        following = self.order.upcoming(position, lanes)
+        if following != self._told:
+            self.dataset.storage.ahead(following)
+            self._told = following
 
 
 def _tokens(payload: bytes, dtype: str) -> NDArray[Any]:

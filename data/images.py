@@ -1,4 +1,4 @@
-"""Encoded bytes -> a uint8 picture on a square canvas."""
+"""Encoded bytes -> an upright RGB picture, by Pillow: every format and oddity that we accept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager, suppress
 from io import BytesIO
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -18,6 +17,14 @@ MOST_PIXELS = 100_000_000
 
 class UnreadableImage(ValueError):
     """The bytes are no picture that we accept; the message says why."""
+
+
+class UnreadableAt(UnreadableImage):
+    """The picture at `place` of a batch cannot be read."""
+
+    def __init__(self, place: int, reason: str) -> None:
+        super().__init__(reason)
+        self.place = place
 
 
 def verify(payload: bytes) -> None:
@@ -49,7 +56,7 @@ def open_image(payload: bytes, canvas: int | None = None) -> Image.Image:
         image = _open(payload)
         if image.format == "JPEG" and canvas is not None and max(image.size) >= 2 * canvas:
             # Decode at 1/2, 1/4 or 1/8 scale, never below the canvas.
-            image.draft("RGB", _inside(image.size, canvas))
+            image.draft("RGB", inside(image.size, canvas))
         image.load()
         with suppress(Exception):  # damaged EXIF says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
@@ -57,20 +64,34 @@ def open_image(payload: bytes, canvas: int | None = None) -> Image.Image:
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
         image = image.convert("RGB")
         if canvas is not None and max(image.size) > canvas:
-            image = image.resize(_inside(image.size, canvas), Image.Resampling.BICUBIC)
+            image = image.resize(inside(image.size, canvas), Image.Resampling.BICUBIC)
     return image
 
 
 def _open(payload: bytes) -> Image.Image:
     """The picture's header, its pixels not yet decoded."""
     image = Image.open(BytesIO(payload), formats=FORMATS)
-    width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise UnreadableImage(f"{width}x{height} pixels are more than {MOST_PIXELS:,}")
+    check_pixels(image.height, image.width)
     return image
 
 
-def _inside(size: tuple[int, int], canvas: int) -> tuple[int, int]:
+def check_pixels(height: int, width: int) -> None:
+    """Raises `UnreadableImage` for a picture of more than `MOST_PIXELS`."""
+    if width * height > MOST_PIXELS:
+        raise UnreadableImage(f"{width}x{height} pixels are more than {MOST_PIXELS:,}")
+
+
+def picture_size(payload: bytes) -> tuple[int, int]:
+    """Height and width, in pixels, of the upright picture, from its header; raises `UnreadableImage`."""
+    with _refusing():
+        image = _open(payload)
+        turned = False
+        with suppress(Exception):  # damaged EXIF says nothing about the pixels
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def inside(size: tuple[int, int], canvas: int) -> tuple[int, int]:
     """The largest size of the same aspect within the canvas; no side vanishes."""
     scale = canvas / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -91,22 +112,3 @@ def _refusing() -> Iterator[None]:
         raise UnreadableImage("not a picture") from None
     except Exception as error:
         raise UnreadableImage(str(error) or type(error).__name__) from None
-
-
-def decode(payload: bytes, canvas: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
-    """Decode onto a canvas.
-
-    Returns:
-        uint8 (3, canvas, canvas) with the picture at the top left and zeros elsewhere, and its
-        (height, width) on the canvas. Larger pictures are shrunk to fit, smaller ones are not enlarged.
-
-    Raises:
-        UnreadableImage: see `open_image`.
-    """
-    pixels = np.asarray(open_image(payload, canvas)).transpose(2, 0, 1)
-    height, width = pixels.shape[1:]
-    if (height, width) == (canvas, canvas):
-        return np.ascontiguousarray(pixels), (height, width)
-    placed = np.zeros((3, canvas, canvas), dtype=np.uint8)
-    placed[:, :height, :width] = pixels
-    return placed, (height, width)

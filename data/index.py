@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -24,8 +25,18 @@ from data.files import write_atomically
 from data.tar import members
 
 IMAGE_PARTS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+TEXT_PARTS = ("npy",)
 FORMAT = 1
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
+
+
+class Places(NamedTuple):
+    """What reading needs of an index: 32 bytes a sample."""
+
+    table: NDArray[np.int64]
+    """(n, 4): offset, size (-1: the sample has no such part), CRC-32, label."""
+    checked: bool
+    """Whether there are checksums."""
 
 
 @dataclass
@@ -65,6 +76,17 @@ class ShardIndex:
         """Where each line of `names` ends, -1 before the first."""
         breaks = np.flatnonzero(np.frombuffer(self.names, dtype=np.uint8) == ord("\n"))
         return np.concatenate([[-1], breaks, [len(self.names)]])
+
+    def places(self, wanted: Sequence[str]) -> Places:
+        """Where each sample's first part of a `wanted` kind lies."""
+        table = np.full((len(self), 4), -1, dtype=np.int64)
+        table[:, 3] = self.labels
+        for column in reversed([number for number, part in enumerate(self.parts) if part in wanted]):
+            here = self.sizes[:, column] >= 0
+            table[here, 0], table[here, 1] = self.offsets[here, column], self.sizes[here, column]
+            if len(self.checksums):
+                table[here, 2] = self.checksums[here, column]
+        return Places(table, bool(len(self.checksums)))
 
     def with_pictures(self, tar: Path) -> ShardIndex:
         """The index without samples that hold no picture (descriptions, read-me files).
@@ -202,4 +224,4 @@ def _labels(path: Path, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -
 
 def checksum(payload: bytes) -> int:
     """CRC-32, as the index stores it."""
-    return zlib.crc32(payload)
+    return isal_zlib.crc32(payload)

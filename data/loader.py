@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from data.batch import ImageBatch, TextBatch
+from data.canvas import CanvasDecoder
 from data.damage import Mended, read_mended
 from data.dataset import Ints, ShardedDataset
 from data.errors import DamagedData, UserError
-from data.images import UnreadableImage, decode
+from data.images import UnreadableAt
 from data.keyed import sample_keys
-from data.order import Order
+from data.mixture import Mixture
+from data.requests import Request, Requests, Share
 
 _MOST_REPORTS = 20
+AnyDataset = ShardedDataset | Mixture
 
 
-class _Request(NamedTuple):
-    """One microbatch, as the main process asks a worker for it."""
+class Decoder(Protocol):
+    """Turns the encoded pictures of a batch into pixels; picklable, and run in a worker."""
 
-    ids: Ints
-    keys: Ints
+    def __call__(self, payloads: list[bytes], keys: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pictures (b, 3, height, width) and int64 (b, 2) sizes; raises `UnreadableAt`."""
 
 
 class Loader:
     """An endless stream of this process's share of the global batches.
 
-    Global batch `k` is positions `k * batch_size … (k + 1) * batch_size - 1` of the dataset's order,
-    whatever the number of processes and workers; process `rank` takes the `rank`-th of `world_size`
-    equal pieces, in microbatches. `position` counts the samples consumed by all processes together:
-    a loader made with `start=position` goes on with the next global batch.
+    A global batch is the next `batch_size` positions of the dataset's order, whatever the number of processes
+    and workers; process `rank` takes the `rank`-th of `world_size` equal pieces, in microbatches. `position`
+    counts the samples consumed by all processes together: a loader made with `start=position` goes on with the
+    next global batch.
     """
 
     def __init__(
         self,
-        dataset: ShardedDataset,
-        batch_size: int,
+        dataset: AnyDataset,
+        batch_size: int | Callable[[int], int],
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -48,47 +54,58 @@ class Loader:
         canvas: int | None = None,
         microbatch: int | None = None,
         pin_memory: bool = False,
+        lanes: int = 1,
+        decode: Decoder | None = None,
     ) -> None:
         """Raises `UserError` when the global batch cannot be split evenly.
 
         Args:
-            batch_size: samples of one global batch, over all processes.
+            batch_size: samples of one global batch, over all processes; or a pure function from the position at
+                which a batch begins to its size, for a batch that grows. The attributes `batch_size` and
+                `accumulation` are then those of the batch that comes next.
             start: position of the first sample, any number from 0.
             canvas: side of the square that pictures are placed on, in pixels (images only).
             microbatch: most samples a yielded batch may hold; this process's whole share without it.
+            lanes: pieces of the shards that are read side by side; with a multiple of the number of nodes, each
+                node reads about its share of the shards. Divides the batch size. Part of what the order is.
+            decode: what to make of the encoded pictures, instead of placing them on a `canvas`.
         """
-        if batch_size < 1 or (microbatch is not None and microbatch < 1):
-            raise UserError(f"a batch of {batch_size} and a microbatch of {microbatch} samples: use at least 1 each")
-        if batch_size % world_size:
-            nearest = max(1, round(batch_size / world_size)) * world_size
-            raise UserError(
-                f"a global batch of {batch_size} cannot be split evenly over {world_size} processes; "
-                f"use {nearest} (train.batch_size={nearest}) or another number of processes"
-            )
-        local = batch_size // world_size
-        self.microbatch = local if microbatch is None else min(microbatch, local)
-        if local % self.microbatch:
-            raise UserError(
-                f"{local} samples a process cannot be split into microbatches of {self.microbatch}; "
-                f"choose a divisor of {local} (train.microbatch)"
-            )
-        self.accumulation = local // self.microbatch
-        """Microbatches of one global batch on this process."""
-        self.batch_size, self.position = batch_size, start
+        self.share = Share(rank, world_size, microbatch, lanes)
+        self._size_at = batch_size if callable(batch_size) else None
+        self.batch_size = batch_size(start) if callable(batch_size) else batch_size
+        self.share.check(self.batch_size)
+        self.position = start
         self.damaged: int = 0
         """Damaged samples that this process has replaced (see `data.damage`); never more than the dataset tolerates."""
         self._tolerance = dataset.tolerance
         self._untold: tuple[int, list[str]] = (0, [])
-        self._requests = _Requests(dataset, batch_size, seed, rank * local, local, self.microbatch, start)
-        self._loader = _torch_loader(dataset, self._requests, workers, canvas, pin_memory)
+        self._requests = Requests(dataset, self.share, self._sizes, seed, start)
+        if dataset.kind == "images" and canvas is None and decode is None:
+            raise UserError("images need a canvas: the side, in pixels, of the square they are decoded onto")
+        if decode is None and canvas is not None:
+            decode = CanvasDecoder(canvas)
+        self._loader = _torch_loader(dataset, self._requests, workers, decode, pin_memory)
+
+    @property
+    def microbatch(self) -> int:
+        """Samples of each batch that is yielded for the next global batch."""
+        return self.share.microbatch(self.batch_size)
+
+    @property
+    def accumulation(self) -> int:
+        """Microbatches of the next global batch on this process."""
+        return self.batch_size // self.share.world_size // self.microbatch
 
     def __iter__(self) -> Iterator[Any]:
         """Yields `ImageBatch` or `TextBatch` microbatches, for ever, from `position` on."""
         self._requests.start = self.position
-        for number, mended in enumerate(_whole(self._loader)):
+        ends: deque[int | None] = deque()
+        self._requests.ends = ends
+        for mended in _whole(self._loader):
             self._count(mended.reports)
-            if (number + 1) % self.accumulation == 0:
-                self.position += self.batch_size
+            end = ends.popleft()
+            if end is not None:
+                self.position, self.batch_size = end, self._sizes(end)
             yield mended.batch
 
     def take_damage(self) -> tuple[int, list[str]]:
@@ -108,96 +125,87 @@ class Loader:
                 f"(data.damaged); the last: {reports[-1]}"
             )
 
+    def _sizes(self, position: int) -> int:
+        return self.batch_size if self._size_at is None else self._size_at(position)
+
 
 def sequential(
-    dataset: ShardedDataset,
+    dataset: AnyDataset,
     batch_size: int,
     canvas: int | None = None,
     workers: int = 0,
     ids: Ints | None = None,
     seed: int = 0,
+    decode: Decoder | None = None,
 ) -> Iterator[Any]:
     """One pass over the samples `ids` (all, ascending, by default); the last batch may be smaller."""
     ids = dataset.all_ids() if ids is None else np.asarray(ids, dtype=np.int64)
-    requests = [
-        _Request(part, sample_keys(seed, 0, part))
-        for part in np.split(ids, range(batch_size, len(ids), batch_size))
-        if len(part)
-    ]
-    for mended in _whole(_torch_loader(dataset, requests, workers, canvas, pin_memory=False)):
+    if dataset.kind == "images" and decode is None:
+        if canvas is None:
+            raise UserError("images need a canvas: the side, in pixels, of the square they are decoded onto")
+        decode = CanvasDecoder(canvas)
+    parts = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
+    requests = [Request(part, sample_keys(seed, 0, part)) for part in parts]
+    for mended in _whole(_torch_loader(dataset, requests, workers, decode, pin_memory=False)):
         yield mended.batch
 
 
-class _Requests(Sampler[_Request]):
-    """Positions to samples, in the main process, so that workers cannot change the order."""
+@dataclass
+class _Sent:
+    """A batch on its way from a worker: few tensors, as each costs a file descriptor; arrays are pickled."""
 
-    def __init__(
-        self,
-        dataset: ShardedDataset,
-        batch_size: int,
-        seed: int,
-        offset: int,
-        local: int,
-        microbatch: int,
-        start: int,
-    ) -> None:
-        self.dataset, self.order, self.seed = dataset, Order(dataset.counts, seed), seed
-        self.batch_size, self.offset, self.local, self.microbatch = batch_size, offset, local, microbatch
-        self.start = start
+    kind: type[ImageBatch] | type[TextBatch]
+    bulk: Tensor
+    arrays: dict[str, Any]
+    reports: tuple[str, ...]
 
-    def __iter__(self) -> Iterator[_Request]:
-        batch, announced = self.start, np.empty(0, dtype=np.int64)
-        while True:
-            upcoming = self.order.upcoming(batch)
-            if not np.array_equal(upcoming, announced):
-                self.dataset.storage.ahead(upcoming.tolist())
-                announced = upcoming
-            for first in range(self.offset, self.offset + self.local, self.microbatch):
-                place = self.order.locate(np.arange(batch + first, batch + first + self.microbatch))
-                ids = self.dataset.ids(place.shards, place.members)
-                yield _Request(ids, sample_keys(self.seed, place.epochs, ids))
-            batch += self.batch_size
+    @classmethod
+    def of(cls, mended: Mended) -> Self:
+        """Pack a batch: its first field is the large one."""
+        batch = mended.batch
+        first, *rest = [field.name for field in fields(batch)]
+        arrays = {name: getattr(batch, name).numpy() for name in rest}
+        return cls(type(batch), getattr(batch, first), arrays, mended.reports)
+
+    def unpack(self) -> Mended:
+        """The batch as it was."""
+        arrays = {name: torch.from_numpy(array) for name, array in self.arrays.items()}
+        return Mended(self.kind(self.bulk, **arrays), self.reports)
+
+    def pin_memory(self) -> Mended:
+        """The batch in page-locked host memory (asked for by `torch.utils.data.DataLoader`)."""
+        mended = self.unpack()
+        return Mended(mended.batch.pin_memory(), mended.reports)
 
 
 class _Reader(Dataset[Any]):
     """Reads and decodes one request; runs in a worker process, or in the main one without workers."""
 
-    def __init__(self, dataset: ShardedDataset, canvas: int | None) -> None:
-        self.dataset, self.canvas = dataset, canvas
+    def __init__(self, dataset: AnyDataset, decode: Decoder | None) -> None:
+        self.dataset, self.decode = dataset, decode
 
-    def __getitem__(self, request: _Request) -> Mended | UserError:
+    def __getitem__(self, request: Request) -> _Sent | UserError:
         # Returned, not raised: torch would bury the sentence in the worker's traceback.
         try:
-            return read_mended(self.dataset, self._read, request.ids, request.keys)
+            return _Sent.of(read_mended(self.dataset, self._read, request.ids, request.keys))
         except UserError as error:
             return error
 
-    def _read(self, identities: Ints, sample_keys: Ints) -> ImageBatch | TextBatch:
-        keys, ids = torch.from_numpy(sample_keys), torch.from_numpy(identities)
+    def _read(self, ids: Ints, keys: Ints) -> ImageBatch | TextBatch:
+        numbers = {"keys": torch.from_numpy(keys), "ids": torch.from_numpy(ids)}
         if self.dataset.kind == "text":
-            tokens = torch.from_numpy(np.stack([self.dataset.row(int(i)) for i in identities]))
+            tokens = torch.from_numpy(self.dataset.rows(ids))
             documents = torch.cumsum(tokens == self.dataset.manifest["bos"], dim=1)
-            return TextBatch(tokens=tokens, documents=documents, keys=keys, ids=ids)
-        canvas, labels, sizes = self.canvas, [], []
-        assert canvas is not None
-        pixels = np.empty((len(ids), 3, canvas, canvas), dtype=np.uint8)
-        for place, identity in enumerate(identities):
-            payload, label = self.dataset.image(int(identity))
-            try:
-                pixels[place], size = decode(payload, canvas)
-            except UnreadableImage as error:
-                name = self.dataset.key(int(identity))
-                shard = self.dataset.paths[self.dataset.shard(int(identity))]
-                raise DamagedData(f"picture {name!r} in {shard} cannot be decoded: {error}") from None
-            labels.append(label)
-            sizes.append(size)
-        return ImageBatch(
-            images=torch.from_numpy(pixels),
-            sizes=torch.tensor(sizes, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            keys=keys,
-            ids=ids,
-        )
+            return TextBatch(tokens=tokens, documents=documents, **numbers)
+        payloads, labels = self.dataset.pictures(ids)
+        assert self.decode is not None
+        try:
+            images, sizes = self.decode(payloads, numbers["keys"])
+        except UnreadableAt as error:
+            damaged = int(ids[error.place])
+            name, shard = self.dataset.key(damaged), self.dataset.shard_name(damaged)
+            raise DamagedData(f"picture {name!r} in {shard} cannot be decoded: {error}") from None
+        return ImageBatch(images=images, sizes=sizes, labels=torch.from_numpy(labels), **numbers)
 
 
 def _whole(batches: Iterable[Any]) -> Iterator[Any]:
@@ -205,16 +213,14 @@ def _whole(batches: Iterable[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, UserError):
             raise batch
-        yield batch
+        yield batch.unpack() if isinstance(batch, _Sent) else batch
 
 
 def _torch_loader(
-    dataset: ShardedDataset, requests: Any, workers: int, canvas: int | None, pin_memory: bool
+    dataset: AnyDataset, requests: Any, workers: int, decode: Decoder | None, pin_memory: bool
 ) -> DataLoader:
-    if dataset.kind == "images" and canvas is None:
-        raise UserError("images need a canvas: the side, in pixels, of the square they are decoded onto")
     return DataLoader(
-        _Reader(dataset, canvas),
+        _Reader(dataset, decode),
         sampler=requests,
         batch_size=None,
         num_workers=workers,

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from data.batch import ImageBatch
+from data.canvas import decode
 from data.errors import UserError
 from data.files import write_atomically
-from data.images import UnreadableImage, decode
+from data.images import UnreadableImage
 from data.index import IMAGE_PARTS
 from finetune.features import accelerator_for
 from finetune.image_encoder import ImageEncoder

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.images import MOST_PIXELS, UnreadableImage, decode, open_image, verify
+from data.canvas import decode
+from data.images import MOST_PIXELS, UnreadableImage, open_image, verify
 
 RAMP = np.linspace(0, 255, 12 * 20).reshape(12, 20).astype(np.uint8)
 

@@ -18,9 +18,9 @@ from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.canvas import decode
 from data.dataset import ShardedDataset
 from data.errors import UserError
-from data.images import decode
 from data.keyed import sample_keys
 from data.loader import Loader, sequential
 from data.shards import DatasetWriter
