@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torchvision.transforms import functional as TF
 
 from data.batch import ImageBatch
-from data.keyed import sample_keys
+from data.keyed import sample_keys, uniform
 from pretrain.encoders.vision import VisionConfig
 from pretrain.views import BlurConfig, JitterConfig, ViewConfig, ViewsConfig, make_views
 from pretrain.views.blur import gaussian_blur
@@ -129,7 +129,7 @@ def test_views_have_the_same_bits_in_any_batch(parts: list[int]) -> None:
 def test_drawn_parameters_follow_the_configuration() -> None:
     count = 40_000
     kind = ViewConfig(flip=0.3, grey=0.2, solarize=0.1, jitter=JitterConfig(brightness=0.4, contrast=1.5))
-    drawn = draw(keys(count), torch.full((count, 2), 100), kind, "views.0")
+    drawn = draw(uniform(keys(count), "views", (32,)), torch.full((count, 2), 100), kind)
     for chosen, share in ((drawn.flip, 0.3), (drawn.grey, 0.2), (drawn.solarize, 0.1), (drawn.sigma > 0, 0.5)):
         assert abs(chosen.double().mean() - share) < 5 * (share * (1 - share) / count) ** 0.5
     jittered = drawn.jitter[:, 3] != 0

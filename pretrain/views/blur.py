@@ -24,6 +24,11 @@ def gaussian_weights(sigma: Tensor, radius: int) -> Tensor:
     return (weight / (2.0 * weight.sum(dim=1, keepdim=True) - weight[:, :1])).to(torch.float32)
 
 
+def blur_radius(largest: float) -> int:
+    """Pixels that a blur of at most `largest` standard deviation reaches to each side."""
+    return max(1, math.ceil(REACH * largest))
+
+
 def gaussian_blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
     """Blur each picture with its own standard deviation, reflecting at the borders.
 
@@ -32,8 +37,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:
         sigma: float32 (b,), in pixels, at most `largest`; 0 leaves a picture as it is.
     """
     height, width = images.shape[-2:]
-    radius = max(1, math.ceil(REACH * largest))
-    weights = gaussian_weights(sigma, radius)
+    weights = gaussian_weights(sigma, blur_radius(largest))
     down, across = _blurring(weights, height), _blurring(weights, width)
     channels = images.shape[1]
     with torch.autocast(images.device.type, enabled=False):

@@ -1,9 +1,10 @@
-"""Views of a batch of pictures: made on the training device, each sample from its own key.
+"""Crops of a batch of pictures: made on the training device, each sample from its own key.
 
 A crop, its resizing and its flip are two batched matrix products, `Wy @ X @ Wxᵀ`: each row of `Wy` and
 `Wx` holds the antialiasing filter's weights for one output pixel, as in Pillow and in torchvision's
 `antialias=True`. So every sample has its own box, there is no loop and no host synchronisation, and the
-result does not depend on who else is in the batch.
+result does not depend on who else is in the batch. On a CPU the products cost more than they save once
+canvases are large; there each picture is resized by itself (`cpu.py`), from the same box, to whole bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from einops import rearrange
 from torch import Tensor
 
 from data.keyed import uniform
+from pretrain.views.cpu import crop_each, large
 
 Interpolation = Literal["bilinear", "bicubic"]
 _ATTEMPTS = 10
+BOX_NUMBERS = 2 * (_ATTEMPTS + 1)
+"""Uniform numbers that a random box takes: area and aspect of each candidate, and the place of the chosen one."""
 
 
 def random_resized_crop_boxes(
@@ -40,8 +44,13 @@ def random_resized_crop_boxes(
     Returns:
         int64 (b, 4): top, left, height, width.
     """
+    return boxes_of(uniform(keys, stream, (BOX_NUMBERS,)), sizes, scale, ratio)
+
+
+def boxes_of(numbers: Tensor, sizes: Tensor, scale: tuple[float, float], ratio: tuple[float, float]) -> Tensor:
+    """The same from uniform numbers (b, BOX_NUMBERS) in [0, 1) that are already drawn."""
     height, width = sizes.to(torch.float64).unbind(dim=1)
-    drawn = uniform(keys, stream, (_ATTEMPTS + 1, 2)).to(torch.float64)
+    drawn = rearrange(numbers.to(torch.float64), "b (n k) -> b n k", k=2)
     area = (height * width)[:, None] * (scale[0] + drawn[:, :_ATTEMPTS, 0] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + drawn[:, :_ATTEMPTS, 1] * (high - low))
@@ -89,13 +98,17 @@ def crop_resize(
     Returns:
         float32 (b, 3, size, size) in [0, 1].
     """
+    if large(images):
+        view = crop_each(images, boxes, size, interpolation).contiguous()
+        view = view if flip is None else torch.where(flip[:, None, None, None], view.flip(3), view)
+        return view / 255.0
     channels, height, width = images.shape[1:]
     top, left, box_height, box_width = boxes.unbind(dim=1)
     down = _resampling(top, box_height, size, height, interpolation)
     across = _resampling(left, box_width, size, width, interpolation)
     if flip is not None:
         across = torch.where(flip[:, None, None], across.flip(1), across)
-    pixels = rearrange(images.to(torch.float32), "b c h w -> b (c h) w")
+    pixels = rearrange(images.to(torch.float32, memory_format=torch.contiguous_format), "b c h w -> b (c h) w")
     # Mixed precision would round pixels and weights to 8 bits of mantissa: a view, and a target, is float32.
     with torch.autocast(images.device.type, enabled=False):
         pixels = rearrange(pixels @ across.mT, "b (c h) w -> b c h w", c=channels)
