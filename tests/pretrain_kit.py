@@ -48,6 +48,9 @@ _TWO_VIEWS = {"views": [{"count": 2, "scale": [0.5, 1.0]}], "hidden_width": 16}
 PICTURES: dict[str, dict[str, Any]] = {
     "simclr": _TWO_VIEWS | {"name": "simclr", "projection_width": 8, "temperature": 0.5},
     "moco": _TWO_VIEWS | {"name": "moco", "projection_width": 8, "momentum": 0.9, "queue": 24},
+    "byol": _TWO_VIEWS | {"name": "byol", "projection_width": 8, "momentum": 0.9},
+    "barlow_twins": _TWO_VIEWS | {"name": "barlow_twins", "projection_width": 8},
+    "vicreg": _TWO_VIEWS | {"name": "vicreg", "projection_width": 8},
 }
 """Objectives for pictures beside MAE, over the same tiny ViT."""
 BASES = {"mae": MAE, "next_token": NEXT_TOKEN} | {

@@ -27,6 +27,12 @@ CASES: dict[str, dict[str, Any]] = {
 BATCHES = 2
 
 
+def assert_gradients_close(found: dict[str, Any], joined: dict[str, Any]) -> None:
+    """Rounding is as large as the whole gradient makes it: some of its parts are exactly zero but for that."""
+    scale = max(1.0, joined["norm"])
+    assert_close(found["gradient"], joined["gradient"], atol=TOLERANCE["atol"] * scale, rtol=TOLERANCE["rtol"])
+
+
 def settings(case: str, microbatch: int | None) -> dict[str, Any]:
     prefix = {"encoder.model_args.class_token": True} if objective(case) != "next_token" else {}
     return {"train.clip": None, "train.microbatch": microbatch} | prefix | CASES[case]
@@ -96,7 +102,7 @@ def test_two_processes_make_the_joined_batch_s_gradient(
         assert each["metrics"] == pytest.approx(joined["metrics"], rel=1e-4)
         assert_close(each["statistics"], joined["statistics"], **TOLERANCE)
         assert each["gradient"].keys() == joined["gradient"].keys()
-        assert_close(each["gradient"], joined["gradient"], **TOLERANCE)
+        assert_gradients_close(each, joined)
     assert all(torch.equal(first["gradient"][n], second["gradient"][n]) for n in joined["gradient"])
 
 
@@ -109,7 +115,7 @@ def test_microbatches_make_the_joined_batch_s_gradient(
     for microbatch in (1, 4):
         split = observe(recipe(objective(case), data, settings(case, microbatch)), tmp_path)
         assert (split["ids"], split["views"]) == (joined["ids"], joined["views"])
-        assert_close(split["gradient"], joined["gradient"], **TOLERANCE)
+        assert_gradients_close(split, joined)
         assert split["loss"] == pytest.approx(joined["loss"], rel=1e-5)
 
 

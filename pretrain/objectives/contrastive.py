@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.protocol import Output, Tensors
 from pretrain.objectives.teacher import Teacher, cosine_momentum
-from pretrain.objectives.two_views import TwoViews, TwoViewsConfig
+from pretrain.objectives.two_views import TwoViews, TwoViewsConfig, byol_views
+from pretrain.views import ViewConfig
 
 
 class SimCLRConfig(TwoViewsConfig):
@@ -81,6 +82,8 @@ class MoCoConfig(TwoViewsConfig):
     """MoCo v3's hyperparameters; the defaults are the paper's for ResNet-50 (section 3 and appendix)."""
 
     name: Literal["moco"] = "moco"
+    views: list[ViewConfig] = Field(default_factory=byol_views, min_length=1)
+    """Two views, which differ in blur and solarisation (section 3; the paper takes BYOL's)."""
     temperature: float = Field(default=1.0, gt=0)
     """Of the softmax over similarities: 1.0 for ResNet-50, 0.2 for ViT."""
     momentum: float = Field(default=0.99, ge=0, le=1)

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pretrain.objectives.byol import BYOL, BYOLConfig
 from pretrain.objectives.contrastive import MoCo, MoCoConfig, SimCLR, SimCLRConfig
 from pretrain.objectives.masked_image import MAEConfig, MaskedAutoencoder
 from pretrain.objectives.protocol import Objective
+from pretrain.objectives.redundancy import BarlowTwins, BarlowTwinsConfig, VICReg, VICRegConfig
 
-PictureConfig = MAEConfig | SimCLRConfig | MoCoConfig
+PictureConfig = MAEConfig | SimCLRConfig | MoCoConfig | BYOLConfig | BarlowTwinsConfig | VICRegConfig
 
 PICTURES: dict[type, Callable[[Any, Any, Any], Objective]] = {
     MAEConfig: MaskedAutoencoder,
     SimCLRConfig: SimCLR,
     MoCoConfig: MoCo,
+    BYOLConfig: BYOL,
+    BarlowTwinsConfig: BarlowTwins,
+    VICRegConfig: VICReg,
 }
 """By the type of a recipe's `objective`: called with it, the recipe's `encoder`, and the encoder built from that."""

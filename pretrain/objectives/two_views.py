@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data.batch import ImageBatch
 from pretrain.encoders.vision import VisionConfig, build_vision
 from pretrain.objectives.protocol import JointObjective, Output, Tensors
-from pretrain.views import ViewsConfig, make_views
+from pretrain.views import BlurConfig, JitterConfig, ViewConfig, ViewsConfig, make_views
 
 
 class TwoViewsConfig(ViewsConfig):
@@ -25,6 +25,15 @@ class TwoViewsConfig(ViewsConfig):
         if self.count != 2 or len({view.size for view in self.views}) != 1:
             raise ValueError(f"needs exactly two views of one size, not {self.count}")
         return self
+
+
+def byol_views() -> list[ViewConfig]:
+    """BYOL's two views (Grill et al. 2020, table 6): one always blurred, the other seldom, but at times solarised."""
+    jitter = JitterConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+    return [
+        ViewConfig(jitter=jitter, blur=BlurConfig(probability=1.0)),
+        ViewConfig(jitter=jitter, blur=BlurConfig(probability=0.1), solarize=0.2),
+    ]
 
 
 class TwoViews(JointObjective):
