@@ -14,6 +14,7 @@ from test_augmentation import MULTI_CROP, batch_of, floats, keys
 from torch.testing import assert_close
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
+from torchvision.transforms.v2 import functional as functional_v2
 
 from data.batch import ImageBatch
 from data.keyed import uniform
@@ -75,7 +76,7 @@ def test_a_large_crop_is_torchvision_s_of_bytes(mode: Interpolation) -> None:
     mirrored = flips(batch.keys)
     ours = crop_resize(batch.images, boxes, 48, mirrored, mode)
     for image, box, mirror, view in zip(batch.images, boxes.tolist(), mirrored, ours, strict=True):
-        theirs = TF.resized_crop(image, *box, [48, 48], InterpolationMode(mode), antialias=True)
+        theirs = functional_v2.resized_crop(image, *box, [48, 48], InterpolationMode(mode), antialias=True)
         assert torch.equal(view, (TF.hflip(theirs) if mirror else theirs) / 255)
 
 
