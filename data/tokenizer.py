@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,13 @@ PAD, BOS, EOS, MASK = "<|pad|>", "<|bos|>", "<|eos|>", "<|mask|>"
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"
 SPECIAL_TOKENS = (PAD, BOS, EOS, MASK, FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX)
 """In the order of their ids (0, 1, 2, …) in every tokenizer trained here; the last three are reserved."""
+_SPELLINGS = {
+    "pad": (PAD, "[PAD]", "<pad>"),
+    "bos": (BOS, "[CLS]", "<s>"),
+    "eos": (EOS, "[SEP]", "</s>"),
+    "mask": (MASK, "[MASK]", "<mask>"),
+}
+"""Ours, then those of tokenizers made elsewhere for models of this kind."""
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token has an id of its own."""
 
@@ -64,7 +72,7 @@ def load(path: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception for every kind of bad file
         raise UserError(f"{file} is not a tokenizer of the tokenizers library ({error}); train a new one") from error
-    missing = [token for token in (PAD, BOS, EOS, MASK) if tokenizer.token_to_id(token) is None]
+    missing = [f"<|{name}|>" for name, token in special_tokens(tokenizer).items() if token is None]
     if missing:
         raise UserError(f"the tokenizer {file} lacks {', '.join(missing)}; add them as special tokens or train one")
     tokenizer.post_processor = None
@@ -74,10 +82,22 @@ def load(path: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+    """How the four special tokens that training needs are spelled: under `pad`, `bos`, `eos` and `mask`.
+
+    As ours, as BERT's or as RoBERTa's; one that the tokenizer lacks is None, which `load` refuses.
+    """
+    found = {}
+    for name, spellings in _SPELLINGS.items():
+        known = [spelling for spelling in spellings if tokenizer.token_to_id(spelling) is not None]
+        found[name] = known[0] if known else None
+    return found  # type: ignore[return-value]
+
+
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """The ids of the four special tokens that training needs: `{"pad": …, "bos": …, "eos": …, "mask": …}`."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    return {name: vocabulary[f"<|{name}|>"] for name in ("pad", "bos", "eos", "mask")}
+    return {name: vocabulary[token] for name, token in special_tokens(tokenizer).items()}
 
 
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
@@ -97,33 +117,44 @@ def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     return counts
 
 
-def tokenizer_files(tokenizer: Tokenizer, context: int, add_eos: bool = False) -> dict[str, bytes]:
+def tokenizer_files(tokenizer: Tokenizer, context: int, causal: bool = True) -> dict[str, bytes]:
     """`tokenizer.json` and `tokenizer_config.json` that `AutoTokenizer.from_pretrained` reads.
 
-    The loaded tokenizer puts `<|bos|>` in front of a text (and `<|eos|>` behind it with `add_eos`), and, like
-    ours, reads special tokens spelled out in a text as ordinary text (`split_special_tokens`).
+    A `causal` model's tokenizer puts `<|bos|>` in front of a text, pads on the left and, like ours, reads special
+    tokens spelled out in a text as ordinary text (`split_special_tokens`). Another's puts `<|eos|>` behind it as
+    well, pads on the right and takes `<|mask|>` in a text for the mask, together with a space before it, since a
+    masked word's token holds that space.
     """
-    special = special_ids(tokenizer)
+    names, special = special_tokens(tokenizer), special_ids(tokenizer)
+    bos, eos = names["bos"], names["eos"]
     copy = Tokenizer.from_str(tokenizer.to_str())
-    behind = f" {EOS}" if add_eos else ""
+    behind = "" if causal else f" {eos}"
     copy.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A{behind}",
-        pair=f"{BOS} $A{behind} {BOS} $B{behind}",
-        special_tokens=[(BOS, special["bos"]), (EOS, special["eos"])],
+        single=f"{bos} $A{behind}",
+        pair=f"{bos} $A{behind} {bos} $B{behind}",
+        special_tokens=[(bos, special["bos"]), (eos, special["eos"])],
     )
-    described = {
+    described: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "cls_token": BOS,
-        "sep_token": EOS,
-        "mask_token": MASK,
+        "pad_token": names["pad"],
+        "bos_token": bos,
+        "eos_token": eos,
+        "cls_token": bos,
+        "sep_token": eos,
+        "mask_token": names["mask"],
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        "padding_side": "left",
-        "split_special_tokens": True,
+        "padding_side": "left" if causal else "right",
+        "split_special_tokens": causal,
     }
-    text = json.dumps(described, indent=2) + "\n"
-    return {"tokenizer.json": copy.to_str(pretty=True).encode(), "tokenizer_config.json": text.encode()}
+    whole = json.loads(copy.to_str())
+    for added in whole["added_tokens"]:
+        if added["content"] == names["mask"]:
+            added["lstrip"] = not causal
+    if not causal:
+        described["mask_token"] = {"__type": "AddedToken", "content": names["mask"], "lstrip": True, "special": True}
+        described["mask_token"] |= {"rstrip": False, "normalized": False, "single_word": False}
+    text = json.dumps(whole, indent=2, ensure_ascii=False) + "\n"
+    config = json.dumps(described, indent=2) + "\n"
+    return {"tokenizer.json": text.encode(), "tokenizer_config.json": config.encode()}

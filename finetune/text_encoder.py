@@ -19,7 +19,7 @@ from data.batch import TextBatch
 from data.errors import UserError
 from data.tokenizer import load, special_ids
 from finetune.encoder import Augmentation, Encoder, Pooling
-from pretrain.encoders.modernbert import State, from_decoder, to_decoder
+from pretrain.encoders.modernbert import Loaded, from_modernbert, to_modernbert
 from pretrain.encoders.text import TextEncoder
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -31,11 +31,13 @@ class DocumentEncoder(Encoder):
     kind = "text"
     folder: Path
 
-    def __init__(self, model: TextEncoder, folder: Path, info: dict[str, Any], pooling: Pooling, head: State) -> None:
-        """`head` is the state of the export's prediction head, kept so that `save` writes a whole decoder."""
+    def __init__(
+        self, model: TextEncoder, folder: Path, info: dict[str, Any], pooling: Pooling, loaded: Loaded
+    ) -> None:
+        """`loaded` is what the folder held; its prediction head is kept so that `save` writes a whole model."""
         super().__init__()
         self.model, self.folder, self.info, self.pooling = model, folder, info, pooling
-        self.prediction_head = head
+        self.loaded = loaded
         self.features = model.config.width
         self.context = model.config.context
         self.tokenizer = load(folder)
@@ -45,13 +47,13 @@ class DocumentEncoder(Encoder):
     @classmethod
     def load(cls, folder: Path, info: dict[str, Any], pooling: Pooling) -> Self:
         """An export of ours. Raises `UserError` when it is of another layout or its weights do not fit."""
-        config, state, head = from_decoder(folder)
-        model = TextEncoder(config)
+        loaded = from_modernbert(folder)
+        model = TextEncoder(loaded.config)
         try:
-            model.load_state_dict(state)
+            model.load_state_dict(loaded.encoder)
         except RuntimeError as error:
             raise UserError(f"{folder} does not load as a text encoder: {error}") from None
-        return cls(model, folder, info, pooling, head)
+        return cls(model, folder, info, pooling, loaded._replace(encoder={}))
 
     def tokenize(self, texts: list[str]) -> list[NDArray[np.int64]]:
         """Token ids of each text between begin and end marks, as in pre-training; cut at the context."""
@@ -76,7 +78,7 @@ class DocumentEncoder(Encoder):
 
     def pool(self, *inputs: Tensor) -> Tensor:
         tokens, documents = inputs
-        hidden = self.model(tokens, documents)
+        hidden = self.model(tokens, documents, causal=self.loaded.causal)
         real = (documents == 0).to(hidden.dtype)
         if self.pooling == "last":
             last = rearrange(real.sum(dim=1).long() - 1, "b -> b 1 1").expand(-1, -1, hidden.shape[2])
@@ -93,13 +95,14 @@ class DocumentEncoder(Encoder):
 
     def untrained(self) -> DocumentEncoder:
         model = TextEncoder(self.model.config)
-        return DocumentEncoder(model, self.folder, self.info, self.pooling, self.prediction_head)
+        return DocumentEncoder(model, self.folder, self.info, self.pooling, self.loaded)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = {f"encoder.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        state |= {f"head.{name}": tensor for name, tensor in self.prediction_head.items()}
-        config, tensors = to_decoder(state, self.model.config, special_ids(self.tokenizer))
+        state |= {f"head.{name}": tensor for name, tensor in self.loaded.head.items()}
+        special = special_ids(self.tokenizer)
+        config, tensors = to_modernbert(state, self.model.config, special, self.loaded.causal)
         (folder / "config.json").write_text(json.dumps(config, indent=1))
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -14,9 +14,9 @@ from data.errors import UserError
 from data.shards import MANIFEST
 from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.encoders.vision import VisionConfig, build_vision
-from pretrain.objectives.next_token import NextToken, NextTokenConfig
 from pretrain.objectives.pictures import PICTURES
 from pretrain.objectives.protocol import Objective
+from pretrain.objectives.texts import TEXTS
 from pretrain.recipe import Recipe
 
 
@@ -30,7 +30,7 @@ class Datasets:
 
 _OBJECTIVES: dict[type, Callable[[Any, Any, Any], Objective]] = {
     **PICTURES,
-    NextTokenConfig: lambda config, _, encoder: NextToken(encoder, config),
+    **TEXTS,
 }
 """By the type of a recipe's `objective`: called with it, the recipe's `encoder`, and the encoder built from that."""
 

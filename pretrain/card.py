@@ -11,7 +11,7 @@ import timm, torch
 
 encoder = timm.create_model("local-dir:.", pretrained=True).eval()   # "." is this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
-features = encoder(torch.zeros(1, 3, {size}, {size}))
+features = encoder(torch.zeros(1, 3, {image_size}, {image_size}))
 print(tuple(features.shape))   # (1, {features})
 ```
 
@@ -26,13 +26,28 @@ prompt = tokenizer("The", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
 ```"""
 
+_MASKED = """```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
+
+tokenizer = AutoTokenizer.from_pretrained(".")   # "." is this folder
+model = AutoModelForMaskedLM.from_pretrained(".").eval()
+for guess in pipeline("fill-mask", model=model, tokenizer=tokenizer)("The<|mask|> of"):
+    print(guess["token_str"], round(guess["score"], 3))
+```
+
+`AutoModel.from_pretrained(".")` gives the encoder alone, `SentenceTransformer(".")` the mean of its vectors."""
+
 
 def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
     """Markdown with front matter for a model hub; its code runs inside the export's folder."""
     images = about["kind"] == "images"
-    code = _IMAGES.format(size=about["image_size"], features=about["features"]) if images else _TEXT
-    front = ["---", f"library_name: {'timm' if images else 'transformers'}"]
-    front += [f"pipeline_tag: {'image-feature-extraction' if images else 'text-generation'}", "---"]
+    if images:
+        code, library, task = _IMAGES.format(**about), "timm", "image-feature-extraction"
+    elif about["causal"]:
+        code, library, task = _TEXT, "transformers", "text-generation"
+    else:
+        code, library, task = _MASKED, "transformers", "fill-mask"
+    front = ["---", f"library_name: {library}", f"pipeline_tag: {task}", "---"]
     facts = [
         ("objective", about["objective"]),
         ("steps", f"{about['step']:,}"),

@@ -29,7 +29,7 @@ from pretrain.ema import start_average
 from pretrain.encoders.modernbert import export_files
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig, eval_view, timm_arguments
-from pretrain.objectives.next_token import NextToken
+from pretrain.objectives.text import TextObjective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import load_recipe
@@ -210,15 +210,17 @@ def _write_text(
     config: TextConfig, state: TrainingState, encoder: nn.Module, data: Datasets, out: Path
 ) -> dict[str, Any]:
     objective = copy.deepcopy(state.objective).cpu().float().eval()
-    assert isinstance(objective, NextToken)
+    assert isinstance(objective, TextObjective)
     objective.encoder = encoder  # type: ignore[assignment]
-    for name, payload in export_files(objective, data.train.folder / "tokenizer.json").items():
+    files = export_files(objective.state_dict(), config, data.train.folder / "tokenizer.json", objective.causal)
+    for name, payload in files.items():
+        (out / name).parent.mkdir(exist_ok=True)
         write_atomically(out / name, payload)
     # A few positions of a few short rows: logits are wide.
     ids = data.train.all_ids()[:_GOLDEN]
     tokens = torch.stack([torch.from_numpy(data.train.row(int(i))) for i in ids])[:, :_GOLDEN_TOKENS]
     _save_golden(tokens, objective.logits(tokens, last=_GOLDEN), out)
-    return {"features": config.width, "context": config.context, "pooling": "mean"}
+    return {"features": config.width, "context": config.context, "pooling": "mean", "causal": objective.causal}
 
 
 def _save_golden(inputs: Tensor, outputs: Tensor, out: Path) -> None:
@@ -233,11 +235,13 @@ def _foreign_outputs(folder: Path, kind: str, golden: dict[str, Tensor]) -> Tens
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return model(golden["inputs"])
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+    causal = json.loads((folder / "config.json").read_text())["model_type"] == "modernbert-decoder"
+    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    model = auto.from_pretrained(folder, use_safetensors=True).eval()
     return model(golden["inputs"]).logits[:, -golden["outputs"].shape[1] :].float()
 
 

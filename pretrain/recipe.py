@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig
-from pretrain.objectives.next_token import NextTokenConfig
 from pretrain.objectives.pictures import PictureConfig
+from pretrain.objectives.texts import TextObjectiveConfig
 from pretrain.optimizer_settings import AdamWConfig, AnyOptimizer
 
 
@@ -85,7 +85,7 @@ class WatchConfig(BaseModel):
 
 
 Encoder = Annotated[VisionConfig | TextConfig, Field(discriminator="kind")]
-ObjectiveConfig = Annotated[PictureConfig | NextTokenConfig, Field(discriminator="name")]
+ObjectiveConfig = Annotated[PictureConfig | TextObjectiveConfig, Field(discriminator="name")]
 Optimizer = Annotated[AnyOptimizer, Field(discriminator="name")]
 
 

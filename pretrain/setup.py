@@ -53,7 +53,9 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     data = open_data(recipe)
     recipe = resolve(recipe, data)
     loader = make_loader(recipe, data, accelerator)
-    objective = build_objective(recipe).to(accelerator.device)
+    objective = build_objective(recipe)
+    objective.read(data.train)
+    objective = objective.to(accelerator.device)
     if accelerator.num_processes > 1:
         synchronise(objective)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None

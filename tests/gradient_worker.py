@@ -11,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import ImageBatch
+from data.batch import ImageBatch, TextBatch
 from pretrain.gradient import global_gradient
 from pretrain.objectives.masked_image import MaskedAutoencoder
+from pretrain.objectives.masked_language import MaskedLanguage
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.protocol import JointObjective, Objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import load_recipe
 from pretrain.setup import prepare
+
+PROGRESS = 0.3
 
 
 def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
@@ -36,9 +39,9 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
             if isinstance(batch, ImageBatch):
                 seen = drawn(objective, batch)
             else:
-                assert isinstance(objective, NextToken)
-                seen = [batch.tokens]
-                targets += objective.targets(batch.tokens, batch.documents)[1].sum().item()
+                row, counted = text_targets(objective, batch)
+                seen = [row]
+                targets += counted.sum().item()
             for sample in zip(*seen, strict=True):
                 views.append(
                     hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in sample)).hexdigest()
@@ -48,7 +51,7 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
     stream = watched(iter(setup.loader))
     for _ in range(batches):
         setup.state.optimizer.zero_grad()
-        sums = global_gradient(setup, stream, 0.3)
+        sums = global_gradient(setup, stream, PROGRESS)
     gradient = {name: p.grad.clone() for name, p in objective.named_parameters() if p.grad is not None}
     return {
         "ids": ids,
@@ -70,6 +73,14 @@ def drawn(objective: Objective, batch: ImageBatch) -> list[Tensor]:
         return [x.transpose(0, 1) if x.ndim == 5 else x for _, x in sorted(found.items())]
     assert isinstance(objective, MaskedAutoencoder)
     return [objective.view(batch)]
+
+
+def text_targets(objective: torch.nn.Module, batch: TextBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a text objective's encoder sees of each row, and which tokens count."""
+    if isinstance(objective, MaskedLanguage):
+        return objective.masked(batch, PROGRESS)
+    assert isinstance(objective, NextToken)
+    return batch.tokens, objective.targets(batch.tokens, batch.documents)[1]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,10 @@ PICTURES: dict[str, dict[str, Any]] = {
     "vicreg": _TWO_VIEWS | {"name": "vicreg", "projection_width": 8},
 }
 """Objectives for pictures beside MAE, over the same tiny ViT."""
-BASES = {"mae": MAE, "next_token": NEXT_TOKEN} | {
+TEXTS = ("next_token", "masked_language")
+"""Objectives over text, over the same tiny transformer."""
+MASKED_LANGUAGE: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "masked_language", "masked": 0.8}}
+BASES = {"mae": MAE, "next_token": NEXT_TOKEN, "masked_language": MASKED_LANGUAGE} | {
     name: MAE | {"name": f"tiny_{name}", "objective": objective} for name, objective in PICTURES.items()
 }
 

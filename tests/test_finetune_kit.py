@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from data.shards import DatasetWriter
 from data.tokenizer import special_ids
 from data.tokenizer import train as train_tokenizer
-from pretrain.encoders.modernbert import to_decoder
+from pretrain.encoders.modernbert import to_modernbert
 from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 
@@ -71,7 +71,7 @@ def write_text_encoder(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = NextToken(TextEncoder(config), NextTokenConfig()).state_dict()
-    described, tensors = to_decoder(state, config, special_ids(tokenizer))
+    described, tensors = to_modernbert(state, config, special_ids(tokenizer), causal=True)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(described))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

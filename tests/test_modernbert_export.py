@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from data.errors import UserError
 from data.tokenizer import load, train
-from pretrain.encoders.modernbert import export_files, from_decoder, to_decoder
+from pretrain.encoders.modernbert import export_files, from_modernbert, to_modernbert
 from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 
@@ -42,7 +42,9 @@ def folder(objective: NextToken, tmp_path: Path) -> Path:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     export = tmp_path / "export"
     export.mkdir()
-    for name, payload in export_files(objective, tmp_path / "tokenizer.json").items():
+    for name, payload in export_files(
+        objective.state_dict(), objective.encoder.config, tmp_path / "tokenizer.json", True
+    ).items():
         (export / name).write_bytes(payload)
     return export
 
@@ -71,7 +73,8 @@ def test_greedy_generation_with_their_cache_equals_ours(objective: NextToken, fo
 
 
 def test_the_export_comes_back_exactly(objective: NextToken, folder: Path) -> None:
-    config, encoder, head = from_decoder(folder)
+    config, causal, encoder, head = from_modernbert(folder)
+    assert causal
     assert config == objective.encoder.config
     again = NextToken(TextEncoder(config), NextTokenConfig())
     again.encoder.load_state_dict(encoder)
@@ -84,7 +87,7 @@ def test_what_transformers_saves_comes_back_too(objective: NextToken, folder: Pa
     transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     if transformers.__version__.startswith("4."):
         pytest.skip("transformers 4.57 drops local_attention when it saves")
-    config, encoder, _ = from_decoder(tmp_path / "again")
+    config, _, encoder, _ = from_modernbert(tmp_path / "again")
     assert config == objective.encoder.config
     assert torch.equal(
         encoder["layers.1.attn.Wqkv.weight"], objective.state_dict()["encoder.layers.1.attn.Wqkv.weight"]
@@ -128,7 +131,7 @@ def test_two_rotary_bases_are_refused() -> None:
     objective = NextToken(TextEncoder(config), NextTokenConfig())
     special = {"pad": 0, "bos": 1, "eos": 2, "mask": 3}
     with pytest.raises(UserError, match=r"local_rope_theta 500\.0 differs"):
-        to_decoder(objective.state_dict(), config, special)
+        to_modernbert(objective.state_dict(), config, special, True)
 
 
 def test_unusable_folders_are_refused(folder: Path) -> None:
@@ -142,18 +145,18 @@ def test_unusable_folders_are_refused(folder: Path) -> None:
     ]:
         (folder / "config.json").write_text(json.dumps(described | change))
         with pytest.raises(UserError, match=message):
-            from_decoder(folder)
+            from_modernbert(folder)
     (folder / "config.json").write_text(json.dumps(described))
     (folder / "model.safetensors").write_bytes(b"short")
     with pytest.raises(UserError, match="is damaged"):
-        from_decoder(folder)
+        from_modernbert(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"has no model\.safetensors"):
-        from_decoder(folder)
+        from_modernbert(folder)
 
 
 def test_a_larger_tokenizer_is_refused(tmp_path: Path) -> None:
     TOKENIZER.save(str(tmp_path / "tokenizer.json"))
     config = SHAPES["global"].model_copy(update={"vocab_size": 300})
     with pytest.raises(UserError, match="400 tokens, the model 300"):
-        export_files(NextToken(TextEncoder(config), NextTokenConfig()), tmp_path)
+        export_files({}, config, tmp_path, True)

@@ -60,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"optimizer.name": "muon", "optimizer.weight_decay_end": 0.4, "optimizer.layer_decay": 0.8},
     ),
     "mae, lamb, wsd": ("mae", {"optimizer.name": "lamb", "optimizer.schedule": "wsd"}),
+    "masked": ("masked_language", {"watch.evaluate_every": 5, "objective.unit": "span", "train.microbatch": 4}),
     "text": ("next_token", {"watch.evaluate_every": 5}),
     "text, accumulated, average": ("next_token", {"train.microbatch": 2, "train.ema": 0.9}),
 }

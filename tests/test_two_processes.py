@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_worker import observe
-from pretrain_kit import ENVIRONMENT, PICTURES, recipe, write_recipe
+from pretrain_kit import ENVIRONMENT, PICTURES, TEXTS, recipe, write_recipe
 from torch.testing import assert_close
 
 from pretrain.setup import prepare
@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mae, clipped": {"train.batch_size": 24, "train.clip": 0.01},
     **{name: {"train.batch_size": 12} for name in PICTURES},
     "next_token": {"train.batch_size": 12, "objective.z_loss": 1e-3},
+    "masked_language": {"train.batch_size": 12, "objective.unit": "word", "objective.replaced": 0.1},
 }
 BATCHES = 2
 
@@ -34,7 +35,7 @@ def assert_gradients_close(found: dict[str, Any], joined: dict[str, Any]) -> Non
 
 
 def settings(case: str, microbatch: int | None) -> dict[str, Any]:
-    prefix = {"encoder.model_args.class_token": True} if objective(case) != "next_token" else {}
+    prefix = {"encoder.model_args.class_token": True} if objective(case) not in TEXTS else {}
     return {"train.clip": None, "train.microbatch": microbatch} | prefix | CASES[case]
 
 
@@ -43,7 +44,7 @@ def objective(case: str) -> str:
 
 
 def data_of(case: str, digits: Path, sentences: Path) -> Path:
-    return sentences if objective(case) == "next_token" else digits / "train"
+    return sentences if objective(case) in TEXTS else digits / "train"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_two_processes_make_the_joined_batch_s_gradient(
             for each in (first, second):
                 halves += each[name][number * size // 2 : (number + 1) * size // 2]
         assert halves == joined[name]
-    if case == "next_token":
+    if objective(case) in TEXTS:
         assert first["targets"] != second["targets"], "the law is about unequal numbers of targets"
     for each in (first, second):
         assert each["count"] == joined["count"]

@@ -1,11 +1,12 @@
-"""Between our text model and transformers' `ModernBertDecoder` folders.
+"""Between our text model and the folders of transformers' ModernBERT, encoder (`ModernBertForMaskedLM`) and
+decoder (`ModernBertDecoderForCausalLM`).
 
 One set of weights, two spellings: ours is the encoder's (one `Wqkv` matrix), the decoder splits q, k and v.
 `config.json` carries the rotary bases and the window under the keys of transformers 4.57 and of 5.x.
 
-What the foreign versions honour: local windows are right in both. transformers 4.57 takes the global rotary
-base in local layers too, so a model with two bases cannot be exported (the two versions would disagree in
-silence); and a folder that 4.57 *saves again* forgets `local_attention` other than 128.
+What the foreign versions honour: local windows are right in both. transformers 4.57 takes a decoder's global
+rotary base in local layers too, so a causal model with two bases cannot be exported (the two versions would
+disagree in silence); and a decoder's folder that 4.57 *saves again* forgets `local_attention` other than 128.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -24,9 +25,6 @@ from torch import Tensor
 from data.errors import UserError
 from data.tokenizer import load, special_ids, tokenizer_files
 from pretrain.encoders.text import TextConfig
-
-if TYPE_CHECKING:
-    from pretrain.objectives.next_token import NextToken
 
 State = dict[str, Tensor]
 _ALWAYS = {
@@ -39,21 +37,39 @@ _ALWAYS = {
     "decoder_bias": True,
     "tie_word_embeddings": True,
 }
-"""What the decoder's configuration must say for its layers to be ours."""
+"""What a configuration must say for its layers to be ours."""
+_TYPES = {True: "modernbert-decoder", False: "modernbert"}
+_ARCHITECTURES = {True: "ModernBertDecoderForCausalLM", False: "ModernBertForMaskedLM"}
+_HEADS = {True: "lm_head.", False: "head."}
+"""What theirs call the prediction head before the tied decoder, by causality."""
 
 
-def to_decoder(
-    state: Mapping[str, Tensor], config: TextConfig, special: dict[str, int]
+class Loaded(NamedTuple):
+    """A model read from a folder."""
+
+    config: TextConfig
+    causal: bool
+    """Whether it is a decoder: tokens see only what is before them."""
+    encoder: State
+    """State of a `TextEncoder`."""
+    head: State
+    """State of a `PredictionHead`; empty where the folder holds a bare encoder."""
+
+
+def to_modernbert(
+    state: Mapping[str, Tensor], config: TextConfig, special: dict[str, int], causal: bool
 ) -> tuple[dict[str, Any], State]:
-    """`config.json` and tensors of a `ModernBertDecoderForCausalLM` with the logits of a `NextToken`.
+    """`config.json` and tensors of a folder of theirs with the logits of an objective of ours.
 
-    `state` is the objective's `state_dict()`, `special` the ids of `pad`, `bos`, `eos` and `mask`. Raises
-    `UserError` for local layers with a rotary base of their own (see above).
+    Args:
+        state: tensors under `encoder.` and `head.`, as in the objective's `state_dict()`; others are left out.
+        special: the ids of `pad`, `bos`, `eos` and `mask`.
+        causal: for `ModernBertDecoderForCausalLM`, else for `ModernBertForMaskedLM`.
+
+    Raises:
+        UserError: a causal model's local layers have a rotary base of their own (see above).
     """
-    if any(map(config.is_local, range(config.depth))) and config.local_rope_theta not in (
-        None,
-        config.rope_theta,
-    ):
+    if causal and any(map(config.is_local, range(config.depth))) and not _one_base(config):
         raise UserError(
             f"local_rope_theta {config.local_rope_theta} differs from rope_theta {config.rope_theta}: "
             "transformers 4.57 would read such a decoder wrongly; leave local_rope_theta out of the recipe"
@@ -61,25 +77,35 @@ def to_decoder(
     tensors: State = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        if name.endswith("attn.Wqkv.weight"):
+        new = name.replace("encoder.", "model.", 1)
+        if causal and name.endswith("attn.Wqkv.weight"):
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                new = name.replace("encoder.", "model.", 1).replace("Wqkv", f"{letter}_proj")
-                tensors[new] = part.clone()
+                tensors[new.replace("Wqkv", f"{letter}_proj")] = part.clone()
         elif name == "head.bias":
             tensors["decoder.bias"] = tensor
         elif name.startswith("head."):
-            tensors[name.replace("head.", "lm_head.", 1)] = tensor
-        else:
-            tensors[name.replace("encoder.", "model.", 1)] = tensor
-    return _decoder_config(config, special), tensors
+            tensors[name.replace("head.", _HEADS[causal], 1)] = tensor
+        elif name.startswith("encoder."):
+            tensors[new] = tensor
+    return _foreign_config(config, special, causal), tensors
 
 
-def _decoder_config(config: TextConfig, special: dict[str, int]) -> dict[str, Any]:
+def _one_base(config: TextConfig) -> bool:
+    return config.local_rope_theta in (None, config.rope_theta)
+
+
+def _foreign_config(config: TextConfig, special: dict[str, int], causal: bool) -> dict[str, Any]:
     kinds = ["sliding_attention" if config.is_local(layer) else "full_attention" for layer in range(config.depth)]
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    near = config.local_rope_theta or config.rope_theta
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "sliding_attention": {"rope_type": "default", "rope_theta": near},
+    }
+    # 4.57 compiles an encoder's layers unless told not to.
+    only = {} if causal else {"reference_compile": False, "classifier_pooling": "mean"}
     return {
-        "architectures": ["ModernBertDecoderForCausalLM"],
-        "model_type": "modernbert-decoder",
+        "architectures": [_ARCHITECTURES[causal]],
+        "model_type": _TYPES[causal],
         "dtype": "float32",
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
@@ -89,13 +115,14 @@ def _decoder_config(config: TextConfig, special: dict[str, int]) -> dict[str, An
         "max_position_embeddings": config.context,
         "norm_eps": config.norm_eps,
         **_ALWAYS,
+        **only,
         "layer_types": kinds,
         "global_attn_every_n_layers": config.global_every,
         "local_attention": config.local_attention,
         # transformers 4.57 reads the first two, 5.x the third.
         "global_rope_theta": config.rope_theta,
-        "local_rope_theta": config.rope_theta,
-        "rope_parameters": {"full_attention": dict(rope), "sliding_attention": dict(rope)},
+        "local_rope_theta": near,
+        "rope_parameters": rope,
         "pad_token_id": special["pad"],
         "bos_token_id": special["bos"],
         "eos_token_id": special["eos"],
@@ -104,30 +131,32 @@ def _decoder_config(config: TextConfig, special: dict[str, int]) -> dict[str, An
     }
 
 
-def from_decoder(folder: str | Path) -> tuple[TextConfig, State, State]:
-    """Shape, encoder state and prediction-head state from a `ModernBertDecoderForCausalLM` folder.
+def from_modernbert(folder: str | Path) -> Loaded:
+    """A model from a folder of theirs, with or without a prediction head; the inverse of `to_modernbert`.
 
-    The inverse of `to_decoder`. Raises `UserError` for a folder without `config.json` and
-    `model.safetensors`, another kind of model, or layers that ours cannot express.
+    Raises `UserError` for a folder without `config.json` and `model.safetensors`, another kind of model, or
+    layers that ours cannot express.
     """
     folder = Path(folder)
     described, tensors = _read(folder)
-    config = _text_config(described, folder)
+    config, causal = _text_config(described, folder), described["model_type"] == _TYPES[True]
+    if not any(name.startswith("model.") for name in tensors):  # saved without a head
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    tensors.pop("decoder.weight", None)
     encoder: State = {}
+    head = {"bias": tensors.pop("decoder.bias")} if "decoder.bias" in tensors else {}
     try:
-        for layer in range(config.depth):
+        for layer in range(config.depth if causal else 0):
             parts = [tensors.pop(f"model.layers.{layer}.attn.{letter}_proj.weight") for letter in "qkv"]
             encoder[f"layers.{layer}.attn.Wqkv.weight"] = torch.cat(parts)
-        head = {"bias": tensors.pop("decoder.bias")}
     except KeyError as error:
         raise UserError(f"{folder}/model.safetensors lacks {error}; export the model again") from error
-    tensors.pop("decoder.weight", None)
     for name, tensor in tensors.items():
-        if name.startswith("lm_head."):
-            head[name.removeprefix("lm_head.")] = tensor
+        if name.startswith(_HEADS[causal]):
+            head[name.removeprefix(_HEADS[causal])] = tensor
         else:
             encoder[name.removeprefix("model.")] = tensor
-    return config, encoder, head
+    return Loaded(config, causal, encoder, head)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], State]:
@@ -143,8 +172,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], State]:
 
 def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     """Our configuration from theirs; what their file leaves out has the default of their class."""
-    if described.get("model_type") != "modernbert-decoder":
-        raise UserError(f"{folder} holds a {described.get('model_type')!r} model; only modernbert-decoder can be read")
+    if described.get("model_type") not in _TYPES.values():
+        kinds_read = " and ".join(_TYPES.values())
+        raise UserError(f"{folder} holds a {described.get('model_type')!r} model; only {kinds_read} can be read")
     for key, value in _ALWAYS.items():
         if described.get(key, value) != value:
             raise UserError(f"{folder}/config.json has {key}={described[key]!r}; only {value!r} can be read")
@@ -184,12 +214,18 @@ def _text_config(described: dict[str, Any], folder: Path) -> TextConfig:
     return config.model_copy(update={"local_rope_theta": near}) if any(local) and near != far else config
 
 
-def export_files(objective: NextToken, tokenizer: str | Path) -> dict[str, bytes]:
-    """Every file of a transformers folder for `AutoModelForCausalLM` and `AutoTokenizer`: name -> bytes.
+def export_files(
+    state: Mapping[str, Tensor], config: TextConfig, tokenizer: str | Path, causal: bool
+) -> dict[str, bytes]:
+    """Every file of a transformers folder for `AutoModel…` and `AutoTokenizer`: name -> bytes.
 
-    `tokenizer` is the path of the dataset's tokenizer. Raises `UserError` where it does not fit the model.
+    A causal model's folder suits `AutoModelForCausalLM`; another's `AutoModelForMaskedLM` and, with the mean
+    over tokens that it describes, sentence-transformers.
+
+    Args:
+        state: see `to_modernbert`.
+        tokenizer: path of the dataset's tokenizer; `UserError` where it does not fit the model.
     """
-    config = objective.encoder.config
     ours = load(tokenizer)
     if ours.get_vocab_size() > config.vocab_size:
         raise UserError(
@@ -197,15 +233,32 @@ def export_files(objective: NextToken, tokenizer: str | Path) -> dict[str, bytes
             "export with the tokenizer that the model was trained with"
         )
     special = special_ids(ours)
-    described, tensors = to_decoder(objective.state_dict(), config, special)
-    generation = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
-    return {
+    described, tensors = to_modernbert(state, config, special, causal)
+    files = {
         "config.json": _json(described),
-        "generation_config.json": _json(generation),
         "model.safetensors": safetensors.torch.save(tensors, metadata={"format": "pt"}),
-        **tokenizer_files(ours, config.context),
+        **tokenizer_files(ours, config.context, causal),
+    }
+    if causal:
+        generation = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad")}
+        return files | {"generation_config.json": _json(generation)}
+    return files | _sentence_files(config)
+
+
+def _sentence_files(config: TextConfig) -> dict[str, bytes]:
+    """What sentence-transformers reads beside the model: mean pooling over all real tokens."""
+    library = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{library}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{library}.Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": config.width, "pooling_mode_mean_tokens": True}
+    return {
+        "modules.json": _json(modules),
+        "sentence_bert_config.json": _json({"max_seq_length": config.context, "do_lower_case": False}),
+        "1_Pooling/config.json": _json(pooling | {"pooling_mode_cls_token": False, "pooling_mode_max_tokens": False}),
     }
 
 
-def _json(value: dict[str, Any]) -> bytes:
+def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -8,11 +8,11 @@ import torch
 from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from data.batch import ImageBatch, TextBatch
 from pretrain.encoders.text import TextEncoder
-from pretrain.objectives.protocol import Objective, Output
+from pretrain.objectives.protocol import Output
+from pretrain.objectives.text import TextObjective
 from pretrain.objectives.vocabulary import PredictionHead, token_loss, token_nats
 
 
@@ -31,16 +31,14 @@ class NextTokenConfig(BaseModel):
     """Rows of logits held at once."""
 
 
-class NextToken(Objective):
-    """A causal `TextEncoder`, ModernBERT's prediction head and a decoder tied to the embedding."""
+class NextToken(TextObjective):
+    """Each token predicted by an encoder that sees only what is before it."""
 
-    encoder: TextEncoder
+    causal = True
 
-    def __init__(self, encoder: TextEncoder, config: NextTokenConfig) -> None:
-        super().__init__()
+    def __init__(self, encoder: TextEncoder, config: NextTokenConfig, head: PredictionHead | None = None) -> None:
+        super().__init__(encoder, head, config.document_mask)
         self.config = config
-        self.encoder = encoder
-        self.head = PredictionHead(encoder.config)
 
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
         """Cross-entropy in nats, summed over all tokens of a row but its first.
@@ -51,8 +49,8 @@ class NextToken(Objective):
         assert isinstance(batch, TextBatch)
         targets, counted = self.targets(batch.tokens, batch.documents)
         sums = token_loss(
-            rearrange(self._predict(batch.tokens[:, :-1], batch.documents[:, :-1]), "b n d -> (b n) d"),
-            self.encoder.embeddings.tok_embeddings.weight,
+            rearrange(self._predicted(batch), "b n d -> (b n) d"),
+            self.decoder_weight,
             self.head.bias,
             rearrange(targets, "b n -> (b n)"),
             rearrange(counted, "b n -> (b n)"),
@@ -68,20 +66,13 @@ class NextToken(Objective):
         same = documents[:, 1:] == documents[:, :-1]
         return targets, same & (targets != self.encoder.config.pad_token)
 
-    def logits(self, tokens: Tensor, documents: Tensor | None = None, last: int | None = None) -> Tensor:
-        """Scores of every next token (b, n, vocabulary), for all positions or only the `last` few."""
-        hidden = self._predict(tokens, documents, last)
-        return F.linear(hidden, self.encoder.embeddings.tok_embeddings.weight, self.head.bias)
-
     @torch.no_grad()
     def nats(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Cross-entropy of each target, float32 (b, n - 1), and whether it counts, bool (b, n - 1)."""
         targets, counted = self.targets(batch.tokens, batch.documents)
-        hidden = self._predict(batch.tokens[:, :-1], batch.documents[:, :-1])
-        weight = self.encoder.embeddings.tok_embeddings.weight
-        nats = token_nats(hidden.flatten(0, 1), weight, self.head.bias, targets.flatten(), self.config.chunk)
+        hidden = rearrange(self._predicted(batch), "b n d -> (b n) d")
+        nats = token_nats(hidden, self.decoder_weight, self.head.bias, targets.flatten(), self.config.chunk)
         return nats.view_as(targets), counted
 
-    def _predict(self, tokens: Tensor, documents: Tensor | None, last: int | None = None) -> Tensor:
-        hidden = self.encoder(tokens, documents if self.config.document_mask else None, causal=True)
-        return self.head(hidden if last is None else hidden[:, -last:])
+    def _predicted(self, batch: TextBatch) -> Tensor:
+        return self.head(self.encode(batch.tokens[:, :-1], batch.documents[:, :-1]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from data.batch import ImageBatch, TextBatch
+from data.dataset import ShardedDataset
 from pretrain.gather import all_sum, gather, rank
 
 Tensors = dict[str, Tensor]
@@ -43,6 +44,9 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
         """The loss of one microbatch; `progress` in [0, 1] is the share of training done."""
+
+    def read(self, data: ShardedDataset) -> None:
+        """Called once before training, and before a checkpoint is restored: what only the training data can tell."""
 
     def after_step(self, progress: float, statistics: Tensors) -> None:
         """Called once after each optimiser step that counts: teachers, centres, queues.

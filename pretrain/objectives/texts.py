@@ -1,0 +1,20 @@
+"""The objectives over text: their settings and their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pretrain.encoders.text import TextConfig, TextEncoder
+from pretrain.objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
+from pretrain.objectives.next_token import NextToken, NextTokenConfig
+from pretrain.objectives.text import TextObjective
+
+TextObjectiveConfig = MaskedLanguageConfig | NextTokenConfig
+"""Settings of every objective over text."""
+
+TEXTS: dict[type, Callable[[Any, TextConfig, TextEncoder], TextObjective]] = {
+    MaskedLanguageConfig: lambda config, _, encoder: MaskedLanguage(encoder, config),
+    NextTokenConfig: lambda config, _, encoder: NextToken(encoder, config),
+}
+"""By the type of the settings: called with them, the recipe's `encoder`, and the encoder built from that."""
