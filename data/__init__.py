@@ -6,16 +6,32 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.batch import ImageBatch, TextBatch
     from data.dataset import ShardedDataset
+    from data.encoded import EncodedBatch, EncodedLoader
     from data.errors import UserError
     from data.loader import Loader, sequential
+    from data.mixture import Mixture
     from data.shards import DatasetWriter
 
-__all__ = ["DatasetWriter", "ImageBatch", "Loader", "ShardedDataset", "TextBatch", "UserError", "sequential"]
+__all__ = [
+    "DatasetWriter",
+    "EncodedBatch",
+    "EncodedLoader",
+    "ImageBatch",
+    "Loader",
+    "Mixture",
+    "ShardedDataset",
+    "TextBatch",
+    "UserError",
+    "sequential",
+]
 
 _HOMES = {
     "DatasetWriter": "data.shards",
+    "EncodedBatch": "data.encoded",
+    "EncodedLoader": "data.encoded",
     "ImageBatch": "data.batch",
     "Loader": "data.loader",
+    "Mixture": "data.mixture",
     "ShardedDataset": "data.dataset",
     "TextBatch": "data.batch",
     "UserError": "data.errors",
