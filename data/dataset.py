@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data.errors import UserError
 from data.index import IMAGE_PARTS, TEXT_PARTS
 from data.keyed import hash_texts
-from data.order import Order
+from data.order import BLOCK_SAMPLES, Order
 from data.reader import ShardReader
 from data.source import open_source
 
@@ -147,9 +147,12 @@ class ShardedDataset:
         """The `context + 1` token ids of a row: int64 (context + 1,)."""
         return self.rows(np.array([identity], dtype=np.int64))[0]
 
-    def stream(self, seed: int, lanes: int = 1) -> SampleStream:
-        """This view's samples in shuffled order, by position; raises `UserError` when it is empty."""
-        return _Shuffled(self, Order(self.counts, seed, lanes=lanes))
+    def stream(self, seed: int, lanes: int = 1, shuffle_samples: int = BLOCK_SAMPLES) -> SampleStream:
+        """This view's samples in shuffled order, by position; see `data.order` for lanes and samples mixed.
+
+        Raises `UserError` when it is empty.
+        """
+        return _Shuffled(self, Order(self.counts, seed, block_samples=shuffle_samples, lanes=lanes))
 
     def split(self, validation: float) -> tuple[Self, Self]:
         """Two views, (train, validation): a sample's key decides on which side it falls.

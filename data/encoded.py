@@ -12,6 +12,7 @@ from typing import NamedTuple
 from data.dataset import Ints, ShardedDataset
 from data.errors import UserError
 from data.mixture import Mixture
+from data.order import BLOCK_SAMPLES
 from data.requests import Request, Requests, Share
 
 
@@ -45,11 +46,12 @@ class EncodedLoader:
         start: int = 0,
         workers: int = 0,
         lanes: int = 1,
+        shuffle_samples: int = BLOCK_SAMPLES,
     ) -> None:
         """Raises `UserError` when the global batch cannot be split evenly, or the dataset holds text."""
         if dataset.kind != "images":
             raise UserError(f"{dataset.folder} holds {dataset.kind}, which is read in rows; use a Loader")
-        share = Share(rank, world_size, None, lanes)
+        share = Share(rank, world_size, None, lanes, shuffle_samples)
         share.check(batch_size)
         self.dataset, self.batch_size, self.position, self.workers = dataset, batch_size, start, workers
         self._requests = Requests(dataset, share, lambda _: batch_size, seed, start)

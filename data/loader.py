@@ -20,6 +20,7 @@ from data.errors import DamagedData, UserError
 from data.images import UnreadableAt
 from data.keyed import sample_keys
 from data.mixture import Mixture
+from data.order import BLOCK_SAMPLES
 from data.requests import Request, Requests, Share
 
 _MOST_REPORTS = 20
@@ -55,6 +56,7 @@ class Loader:
         microbatch: int | None = None,
         pin_memory: bool = False,
         lanes: int = 1,
+        shuffle_samples: int = BLOCK_SAMPLES,
         decode: Decoder | None = None,
     ) -> None:
         """Raises `UserError` when the global batch cannot be split evenly.
@@ -68,9 +70,10 @@ class Loader:
             microbatch: most samples a yielded batch may hold; this process's whole share without it.
             lanes: pieces of the shards that are read side by side; with a multiple of the number of nodes, each
                 node reads about its share of the shards. Divides the batch size. Part of what the order is.
+            shuffle_samples: samples that are mixed at least (see `data.order`); part of what the order is.
             decode: what to make of the encoded pictures, instead of placing them on a `canvas`.
         """
-        self.share = Share(rank, world_size, microbatch, lanes)
+        self.share = Share(rank, world_size, microbatch, lanes, shuffle_samples)
         self._size_at = batch_size if callable(batch_size) else None
         self.batch_size = batch_size(start) if callable(batch_size) else batch_size
         self.share.check(self.batch_size)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from data.dataset import Ints, SampleStream, ShardedDataset
 from data.errors import UserError
 from data.keyed import hash64
+from data.order import BLOCK_SAMPLES
 
 LONGEST_CYCLE = 2**16
 _CYCLE, _DATASET = 3, 4
@@ -133,10 +134,10 @@ class Mixture:
         train, valid = zip(*(dataset.split(validation) for dataset in self.datasets), strict=True)
         return Mixture(train, self.shares), Mixture(valid, self.shares)
 
-    def stream(self, seed: int, lanes: int = 1) -> SampleStream:
-        """The mixture's samples by position."""
+    def stream(self, seed: int, lanes: int = 1, shuffle_samples: int = BLOCK_SAMPLES) -> SampleStream:
+        """The mixture's samples by position; each dataset mixes `shuffle_samples` of its own."""
         seeds = hash64(seed, _DATASET, np.arange(len(self.datasets), dtype=np.int64)).astype(np.int64)
-        streams = [d.stream(int(s), lanes) for d, s in zip(self.datasets, seeds, strict=True)]
+        streams = [d.stream(int(s), lanes, shuffle_samples) for d, s in zip(self.datasets, seeds, strict=True)]
         return _Mixed(streams, self.id_starts, Cycle(self.shares, seed), lanes)
 
     def copy(self) -> Mixture:

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from data.errors import UserError
 from data.keyed import sample_keys
-from data.order import Ints
+from data.order import BLOCK_SAMPLES, Ints
 
 if TYPE_CHECKING:
     from data.dataset import ShardedDataset
@@ -38,6 +38,8 @@ class Share:
     most: int | None
     """Most samples of a microbatch."""
     lanes: int
+    shuffle_samples: int = BLOCK_SAMPLES
+    """Samples mixed at least; see `data.order`."""
 
     def check(self, batch_size: int) -> None:
         """Raises `UserError` when a global batch of this size cannot be split evenly."""
@@ -94,7 +96,7 @@ class Requests(Sampler[Request]):
         start: int,
     ) -> None:
         """`size_at` tells the size of the global batch that begins at a position."""
-        self.stream = dataset.stream(seed, share.lanes)
+        self.stream = dataset.stream(seed, share.lanes, share.shuffle_samples)
         self.share, self.size_at, self.seed, self.start = share, size_at, seed, start
         self.ends: deque[int | None] = deque()
         """For each microbatch handed out: the position after it where it ends a global batch, else None."""
