@@ -12,41 +12,62 @@ from data.dataset import Ints, ShardedDataset
 from data.keyed import hash64
 from data.loader import sequential
 from data.tokenizer import load, token_bytes
+from pretrain.collapse import effective_rank, spread
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.next_token import NextToken
-from pretrain.probe import online_knn
+from pretrain.probe import Probe, labelled_subset, subset
 from pretrain.setup import Setup
 from pretrain.text_metrics import byte_sums
+
+WATCH_SHARE = 100
+"""Samples trained on for each one that is looked at: a forward pass costs less than a step on the same sample."""
+
+
+def cadence(setup: Setup) -> int:
+    """Steps between two evaluations: the recipe's, or so many that watching costs less than 2 % of the run."""
+    watch, data = setup.recipe.watch, setup.data
+    if watch.evaluate_every is not None:
+        return watch.evaluate_every
+    held_out = data.train if data.validation is None else data.validation
+    samples = 2 * min(watch.evaluate_samples, len(held_out))  # once for the loss, once for features or bits
+    if isinstance(setup.recipe.encoder, VisionConfig):
+        samples += min(watch.knn_samples, len(data.train))
+    return max(1, math.ceil(WATCH_SHARE * samples / setup.recipe.train.batch_size))
 
 
 @torch.no_grad()
 def evaluate(setup: Setup) -> dict[str, float]:
-    """Loss and metrics on `watch.evaluate_samples` held-out samples, kNN accuracy where there are labels.
+    """Loss and metrics on `watch.evaluate_samples` held-out samples; how pictures lie in feature space.
 
-    The kNN probe looks at the encoder that would be exported: the average where one is kept.
+    Features are those of the encoder that would be exported: the average where one is kept. Their spread and
+    effective rank need no labels and no held-out samples; kNN accuracy needs both.
     """
-    recipe, data, watch = setup.recipe, setup.data, setup.recipe.watch
-    if data.validation is None:
-        return {}
-    ids = data.validation.all_ids()
-    ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: watch.evaluate_samples]])
-    mine = ids[setup.accelerator.process_index :: setup.accelerator.num_processes]
-    values = _held_out_loss(setup, data.validation, mine)
-    if isinstance(setup.state.objective, NextToken):
-        values["validation_bits_per_byte"] = _bits_per_byte(setup, setup.state.objective, data.validation, mine)
-    if isinstance(recipe.encoder, VisionConfig) and watch.knn_samples:
-        accuracy = online_knn(
-            setup.state.encoder(),
-            data.train,
-            data.validation,
-            recipe.encoder,
-            recipe.data.canvas,
-            watch.knn_samples,
-            watch.evaluate_samples,
-            watch.knn_neighbours,
-        )
-        if accuracy is not None:
-            values["knn_accuracy"] = accuracy
+    values: dict[str, float] = {}
+    validation, watch = setup.data.validation, setup.recipe.watch
+    if validation is not None:
+        ids = validation.all_ids()
+        ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: watch.evaluate_samples]])
+        mine = ids[setup.accelerator.process_index :: setup.accelerator.num_processes]
+        values |= _held_out_loss(setup, validation, mine)
+        if isinstance(setup.state.objective, NextToken):
+            values["validation_bits_per_byte"] = _bits_per_byte(setup, setup.state.objective, validation, mine)
+    if isinstance(setup.recipe.encoder, VisionConfig):
+        values |= _features(setup, setup.recipe.encoder)
+    return values
+
+
+def _features(setup: Setup, config: VisionConfig) -> dict[str, float]:
+    data, watch = setup.data, setup.recipe.watch
+    probe = Probe(setup.state.encoder(), config, setup.recipe.data.canvas, setup.accelerator)
+    held_out = data.validation or data.train
+    ids = labelled_subset(held_out, watch.evaluate_samples)
+    labelled = len(ids) > 0
+    queries = probe.features(held_out, ids if labelled else subset(held_out.all_ids(), watch.evaluate_samples))
+    values = {"effective_rank": effective_rank(queries[0]), "feature_spread": spread(queries[0]).item()}
+    bank = labelled_subset(data.train, watch.knn_samples)
+    if labelled and len(bank) and data.validation is not None:
+        stored = probe.features(data.train, bank)
+        values["knn_accuracy"] = probe.knn_accuracy(stored, queries, watch.knn_neighbours, watch.knn_temperature)
     return values
 
 

@@ -13,9 +13,10 @@ from data.errors import UserError
 from data.keyed import hash64
 from pretrain import checkpoint
 from pretrain.accelerator import heard, on_main, start_trackers
+from pretrain.collapse import alarm
 from pretrain.damage import count_damage
 from pretrain.ema import update_average
-from pretrain.evaluate import evaluate
+from pretrain.evaluate import cadence, evaluate
 from pretrain.export import export, exported_step
 from pretrain.gradient import Sums, global_gradient
 from pretrain.optim import set_rates
@@ -74,7 +75,7 @@ def _run(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None
     """Take all steps that are left, and log, evaluate and save when it is time."""
     state, watch = setup.state, setup.recipe.watch
     setup.loader.position = state.position
-    batches, pace = iter(setup.loader), Pace()
+    batches, pace, evaluate_every = iter(setup.loader), Pace(), cadence(setup)
     while state.step < setup.steps:
         began = time.monotonic()
         sums = take_step(setup, batches)
@@ -90,11 +91,12 @@ def _run(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None
                 f"{state.skipped} steps in a row had a loss or gradient that is not finite; start again with "
                 "another --output and a lower optimizer.lr, or with train.precision=bf16"
             )
-        if watch.evaluate_every and _due(setup, watch.evaluate_every):
+        if evaluate_every and _due(setup, evaluate_every):
             values = evaluate(setup)
             if values:
                 _record(setup, run, values)
                 line.say(f"step {state.step:,}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+                _alarm(setup, run, line, sums.means | values)
         if _due(setup, watch.checkpoint_every):
             _save(setup, run, line, saver)
     line.end()
@@ -146,6 +148,15 @@ def _record(setup: Setup, run: RunFolder, values: dict[str, float]) -> None:
     """To metrics.jsonl and to the trackers."""
     run.record({"step": setup.state.step, "samples": setup.state.position} | values)
     setup.accelerator.log(values, step=setup.state.step)
+
+
+def _alarm(setup: Setup, run: RunFolder, line: ProgressLine, values: dict[str, float]) -> None:
+    """Say so wherever one looks when features have collapsed, and take it back when they have recovered."""
+    run.alarm = alarm(values)
+    line.alarm = run.alarm is not None
+    if run.alarm:
+        run.record({"step": setup.state.step, "samples": setup.state.position, "alarm": run.alarm})
+        line.say(f"step {setup.state.step:,}: {run.alarm}")
 
 
 def _save(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None:

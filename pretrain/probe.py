@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,28 +80,48 @@ def features(
 
 def labelled_subset(dataset: ShardedDataset, most: int) -> Ints:
     """At most `most` labelled sample ids, spread evenly by hash, the same at every call."""
-    ids = dataset.all_ids()[dataset.labels() >= 0]
+    return subset(dataset.all_ids()[dataset.labels() >= 0], most)
+
+
+def subset(ids: Ints, most: int) -> Ints:
+    """At most `most` of `ids`, spread evenly by hash, the same at every call, ascending."""
     order = np.argsort(hash64(_SUBSET_SEED, ids), kind="stable")
     return np.sort(ids[order[:most]])
 
 
-def online_knn(
-    encoder: nn.Module,
-    train: ShardedDataset,
-    validation: ShardedDataset,
-    config: VisionConfig,
-    canvas: int,
-    bank_samples: int,
-    query_samples: int,
-    neighbours: int,
-) -> float | None:
-    """Accuracy of kNN on held-out pictures, or None where too few are labelled."""
-    bank_ids = labelled_subset(train, bank_samples)
-    query_ids = labelled_subset(validation, query_samples)
-    if not len(bank_ids) or not len(query_ids):
-        return None
-    bank, labels = features(encoder, train, config, canvas, bank_ids)
-    queries, truth = features(encoder, validation, config, canvas, query_ids)
-    classes = int(max(labels.max(), truth.max())) + 1
-    guesses = knn_scores(F.normalize(bank, dim=1), labels, queries, classes, neighbours).argmax(dim=1)
-    return (guesses == truth).float().mean().item()
+@dataclass
+class Probe:
+    """Looks at an encoder's features; with several processes each extracts and scores its share."""
+
+    encoder: nn.Module
+    config: VisionConfig
+    canvas: int
+    accelerator: Accelerator
+
+    def features(self, dataset: ShardedDataset, ids: Ints) -> tuple[Tensor, Tensor]:
+        """Features and labels of `ids`, in their order, on every process."""
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        # All take equally many: a sharded encoder's forward pass is a common act.
+        mine = np.concatenate([ids, np.repeat(ids[-1:], -len(ids) % size)])[rank::size]
+        with self.accelerator.autocast():
+            found, labels = features(self.encoder, dataset, self.config, self.canvas, mine)
+        return self._interleaved(found)[: len(ids)], self._interleaved(labels)[: len(ids)]
+
+    def knn_accuracy(
+        self, bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor], neighbours: int, temperature: float
+    ) -> float:
+        """Share of the queries that their neighbours in the bank vote right; each a pair of features and labels."""
+        rank, size = self.accelerator.process_index, self.accelerator.num_processes
+        (stored, labels), (asked, truth) = bank, (queries[0][rank::size], queries[1][rank::size])
+        classes = int(max(labels.max(), queries[1].max())) + 1
+        stored, hits = F.normalize(stored, dim=1), torch.zeros((), device=stored.device)
+        if len(asked):
+            hits += (knn_scores(stored, labels, asked, classes, neighbours, temperature).argmax(1) == truth).sum()
+        return self.accelerator.reduce(hits, reduction="sum").item() / len(queries[1])
+
+    def _interleaved(self, mine: Tensor) -> Tensor:
+        """All rows of what this process has every `num_processes`-th row of, beginning with its index."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        everyone = self.accelerator.gather(mine)
+        return rearrange(everyone, "(size n) ... -> (n size) ...", size=self.accelerator.num_processes)

@@ -24,6 +24,8 @@ class ProgressLine:
         self.terminal = self.stream.isatty()
         self.every = 0.5 if self.terminal else every
         self._last = time.monotonic()
+        self.alarm = False
+        """Whether each line warns of a collapse."""
         self._open = False
         """Whether the cursor stands behind a line that the next one replaces."""
 
@@ -36,7 +38,7 @@ class ProgressLine:
         left = f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}"
         text = (
             f"step {step:,}/{self.total:,}  loss {loss:.4f}  {pace.rate * self.batch_size:,.0f} samples/s  "
-            f"data wait {pace.waiting:.0%}  left {left}"
+            f"data wait {pace.waiting:.0%}  left {left}" + ("  COLLAPSED" if self.alarm else "")
         )
         self._write(f"\r{text}\033[K" if self.terminal else f"{text}\n")
         self._last, self._open = now, self.terminal

@@ -34,6 +34,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.export = path / "export"
+        self.alarm: str | None = None
+        """What is wrong with what is learnt, in words; part of every status until it is None again."""
         self._lock: Any = None
 
     def begin(self, recipe: Recipe, step: int) -> None:
@@ -80,7 +82,7 @@ class RunFolder:
     def status(self, state: str, **facts: Any) -> None:
         """Say in status.json that the run is running, finished, interrupted or failed."""
         if self.writes:
-            record = {"state": state, "time": _now()} | facts
+            record = {"state": state, "time": _now()} | ({"alarm": self.alarm} if self.alarm else {}) | facts
             write_atomically(self.path / "status.json", json.dumps(record, indent=1))
 
     def record(self, values: dict[str, Any]) -> None:

@@ -23,7 +23,11 @@ class Output:
     target_count: Tensor
     """float32 scalar: how many targets were summed (patches, tokens, samples)."""
     metrics: Tensors = field(default_factory=dict)
-    """Detached sums over the same targets; the loop divides them by the global count of targets."""
+    """Detached sums over the same targets; the loop divides them by the global count of targets.
+
+    Two names are watched for collapse: `embedding_spread` (`collapse.spread` of the embeddings that the loss
+    compares) and `agreement` (how far student and teacher agree, at most 1), each times the count.
+    """
     statistics: Tensors = field(default_factory=dict)
     """Detached sums that `after_step` gets, added up over microbatches and processes."""
 
