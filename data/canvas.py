@@ -67,7 +67,8 @@ class CanvasDecoder:
 
     def __call__(self, payloads: Sequence[bytes], keys: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 (b, 3, canvas, canvas) and int64 (b, 2) heights and widths; raises `UnreadableAt`."""
-        pixels = np.empty((len(payloads), 3, self.canvas, self.canvas), dtype=np.uint8)
+        # Interleaved in memory, as decoders give pixels and as crops on a CPU want them.
+        pixels = np.empty((len(payloads), self.canvas, self.canvas, 3), dtype=np.uint8).transpose(0, 3, 1, 2)
         sizes = []
         for number, payload in enumerate(payloads):
             try:

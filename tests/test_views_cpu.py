@@ -30,7 +30,7 @@ from pretrain.views import (
     random_resized_crop_boxes,
 )
 from pretrain.views import make as making
-from pretrain.views.cpu import LARGE, plain, view_each
+from pretrain.views.cpu import LARGE, Strengths, views_each
 from pretrain.views.make import draw, render
 from pretrain.views.native import library
 
@@ -52,9 +52,9 @@ def test_compiled_views_are_torch_s(side: int, canvas: int, monkeypatch: pytest.
     batch = batch_of(40, canvas)
     kind = ViewConfig(solarize=0.3, blur=BlurConfig(sigma=(0.1, 3.0)))
     drawn, vision = draw(uniform(batch.keys, "views", (32,)), batch.sizes, kind), VisionConfig()
-    ours = render(batch.images, drawn, kind, side, vision)
+    ours = render(batch.images, [(kind, drawn)], side, vision)[0]
     monkeypatch.setattr(making, "compiled", lambda: False)
-    theirs = render(batch.images, drawn, kind, side, vision)
+    theirs = render(batch.images, [(kind, drawn)], side, vision)[0]
     # A value within rounding of 0.5 may be inverted in one and not in the other: few, and by a lot.
     close = torch.isclose(ours, theirs, atol=1e-4, rtol=0)
     assert close.float().mean() > 0.9995
@@ -64,9 +64,8 @@ def test_compiled_views_are_torch_s(side: int, canvas: int, monkeypatch: pytest.
 @needs_compiler
 def test_parameters_that_change_nothing_change_no_bit() -> None:
     pictures = floats(3)
-    no_boxes = torch.zeros(3, 4, dtype=torch.int64)
-    same = view_each(pictures, no_boxes, *plain(3), 20, "bilinear", [0.0] * 3, [1.0] * 3)
-    assert torch.equal(same, pictures)
+    nothing = Strengths.only_flip(torch.zeros(1, 3, dtype=torch.bool))
+    assert torch.equal(views_each(pictures[None], torch.zeros(1, 3, 4), nothing, 20, "bilinear")[0], pictures)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])

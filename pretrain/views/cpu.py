@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -22,30 +23,126 @@ from pretrain.views.native import library
 LARGE = 64
 """Canvases with a longer side are cropped picture by picture on a CPU; smaller ones by matrix products."""
 
+_ONE = ctypes.c_int64(1)
+
 
 def large(images: Tensor) -> bool:
     """Whether these canvases (b, 3, h, w) are cropped picture by picture."""
     return images.device.type == "cpu" and max(images.shape[-2:]) > LARGE
 
 
-def plain(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Strengths, flags and weights (see `view_each`) that change nothing."""
-    strengths = torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(count, 1)
-    return strengths, torch.zeros(count, 3, dtype=torch.bool), torch.ones(count, 1)
+@dataclass
+class Strengths:
+    """What happens to each of `v` views of `b` pictures behind the crop; tensors on the CPU."""
+
+    jitter: Tensor
+    """float32 (v, b, 4): factors of brightness, contrast and saturation, shift of hue; (1, 1, 1, 0) for none."""
+    flags: Tensor
+    """bool (v, b, 3): flip, grey, solarise."""
+    weights: Tensor
+    """float32 (v, b, radius + 1): of the blur, at distances from 0; those below 1e-6 are left out."""
+
+    @classmethod
+    def only_flip(cls, flip: Tensor) -> Strengths:
+        """Views that are mirrored where `flip`, bool (v, b), and nothing else."""
+        none = torch.zeros_like(flip)
+        jitter = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(*flip.shape, 4)
+        return cls(jitter, torch.stack([flip, none, none], dim=-1), torch.ones(*flip.shape, 1))
+
+
+def views_each(
+    images: Tensor,
+    boxes: Tensor,
+    strengths: Strengths,
+    side: int,
+    interpolation: str,
+    mean: Sequence[float] = (0.0, 0.0, 0.0),
+    std: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Tensor:
+    """Whole views: cut, resize, mirror, jitter, grey, blur, solarise, normalise; needs `native.library()`.
+
+    Args:
+        images: uint8 (b, 3, h, w) on the CPU, of any strides (interleaved pixels are quickest); or float32
+            (v, b, 3, side, side), already cropped and mirrored.
+        boxes: int64 (v, b, 4): top, left, height, width; not used for cropped pictures.
+
+    Returns:
+        float32 (v, b, 3, side, side).
+    """
+    parts = (strengths.jitter, strengths.flags, strengths.weights)
+    return _views_each(images, boxes, *parts, side, interpolation, list(mean), list(std))
+
+
+@torch.library.custom_op("headwater::views_each", mutates_args=())
+def _views_each(
+    images: Tensor,
+    boxes: Tensor,
+    jitter: Tensor,
+    flags: Tensor,
+    weights: Tensor,
+    side: int,
+    interpolation: str,
+    mean: list[float],
+    std: list[float],
+) -> Tensor:
+    native = library()
+    assert native is not None
+    render = native.headwater_render
+    views, count = jitter.shape[:2]
+    cropped = images.dtype == torch.float32
+    out = torch.empty(views, count, 3, side, side)
+    jitter, weights, marks = jitter.contiguous(), weights.contiguous(), flags.to(torch.uint8).contiguous()
+    constants, reach = torch.tensor([mean, std]), weights.shape[-1] - 1
+    corners = [] if cropped else boxes.tolist()
+    # Addresses of the first view's first sample, and how far it is from there to the next sample.
+    own = [(t.data_ptr(), t[0, 0].nbytes) for t in (out, jitter, marks, weights)]
+
+    def some(start: int, stop: int) -> None:
+        scratch = torch.empty(side * side + side + 2 * reach)
+        rows = torch.empty(2 * reach + 1, dtype=torch.int64)
+        rest = [ctypes.c_void_p(t.data_ptr()) for t in (constants[0], constants[1], scratch, rows)]
+        for n in range(start, stop):
+            for view in range(views):
+                if cropped:
+                    out[view, n] = images[view, n]
+                    pixels = None
+                else:
+                    pixels = _resized(images[n], corners[view][n], side, interpolation)
+                source = ctypes.c_void_p(None if pixels is None else pixels.data_ptr())
+                target, *values = (ctypes.c_void_p(first + size * (view * count + n)) for first, size in own)
+                render(source, target, _ONE, ctypes.c_int64(side), *values, ctypes.c_int64(reach), *rest)
+
+    _shared_out(count, some)
+    return out
+
+
+@_views_each.register_fake
+def _(
+    images: Tensor,
+    boxes: Tensor,
+    jitter: Tensor,
+    flags: Tensor,
+    weights: Tensor,
+    side: int,
+    interpolation: str,
+    mean: list[float],
+    std: list[float],
+) -> Tensor:
+    return images.new_empty(*jitter.shape[:2], 3, side, side, dtype=torch.float32)
 
 
 @torch.library.custom_op("headwater::crop_each", mutates_args=())
 def crop_each(images: Tensor, boxes: Tensor, side: int, interpolation: str) -> Tensor:
-    """Cut each box and resize it, antialiased, rounding to bytes as Pillow does.
+    """Cut each box and resize it, antialiased, rounding to bytes as Pillow does; for where nothing is compiled.
 
     Args:
-        images: uint8 (b, 3, h, w) on the CPU, of any strides; interleaved pixels are quickest.
+        images: uint8 (b, 3, h, w) on the CPU.
         boxes: int64 (b, 4): top, left, height, width.
 
     Returns:
-        uint8 (b, 3, side, side), channels last in memory.
+        uint8 (b, 3, side, side).
     """
-    out = torch.empty(len(images), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    out = torch.empty(len(images), 3, side, side, dtype=torch.uint8)
     corners = boxes.tolist()
 
     def some(start: int, stop: int) -> None:
@@ -58,78 +155,7 @@ def crop_each(images: Tensor, boxes: Tensor, side: int, interpolation: str) -> T
 
 @crop_each.register_fake
 def _(images: Tensor, boxes: Tensor, side: int, interpolation: str) -> Tensor:
-    return images.new_empty(len(images), side, side, 3).permute(0, 3, 1, 2)
-
-
-@torch.library.custom_op("headwater::view_each", mutates_args=())
-def view_each(
-    images: Tensor,
-    boxes: Tensor,
-    strengths: Tensor,
-    flags: Tensor,
-    weights: Tensor,
-    side: int,
-    interpolation: str,
-    mean: list[float],
-    std: list[float],
-) -> Tensor:
-    """Whole views: cut, resize, mirror, jitter, grey, blur, solarise, normalise; needs `library()`.
-
-    Args:
-        images: uint8 (b, 3, h, w) on the CPU; or float32 (b, 3, side, side), already cropped and mirrored.
-        boxes: int64 (b, 4): top, left, height, width; not used for cropped pictures.
-        strengths: float32 (b, 4): factors of brightness, contrast and saturation, shift of hue.
-        flags: bool (b, 3): flip, grey, solarise.
-        weights: float32 (b, radius + 1): of the blur, at distances from 0; those below 1e-6 are left out.
-
-    Returns:
-        float32 (b, 3, side, side).
-    """
-    native = library()
-    assert native is not None
-    cropped = images.dtype == torch.float32
-    out = images.contiguous().clone() if cropped else torch.empty(len(images), 3, side, side)
-    strengths, weights = strengths.contiguous(), weights.contiguous()
-    marks = flags.to(torch.uint8).contiguous()
-    reach = weights.shape[1] - 1
-    constants = torch.tensor([mean, std])
-    corners = [] if cropped else boxes.tolist()
-
-    def draw(first: int, count: int, pixels: Tensor | None, scratch: Tensor, rows: Tensor) -> None:
-        native.headwater_render(
-            ctypes.c_void_p(None if pixels is None else pixels.data_ptr()),
-            *(ctypes.c_void_p(t[first:].data_ptr()) for t in (out,)),
-            *(ctypes.c_int64(n) for n in (count, side)),
-            *(ctypes.c_void_p(t[first:].data_ptr()) for t in (strengths, marks, weights)),
-            ctypes.c_int64(reach),
-            *(ctypes.c_void_p(t.data_ptr()) for t in (constants[0], constants[1], scratch, rows)),
-        )
-
-    def some(start: int, stop: int) -> None:
-        scratch = torch.empty(side * side + side + 2 * reach)
-        rows = torch.empty(2 * reach + 1, dtype=torch.int64)
-        if cropped:
-            return draw(start, stop - start, None, scratch, rows)
-        for n in range(start, stop):
-            draw(n, 1, _resized(images[n], corners[n], side, interpolation), scratch, rows)
-
-    _shared_out(len(images), some)
-    return out
-
-
-@view_each.register_fake
-def _(
-    images: Tensor,
-    boxes: Tensor,
-    strengths: Tensor,
-    flags: Tensor,
-    weights: Tensor,
-    side: int,
-    interpolation: str,
-    mean: list[float],
-    std: list[float],
-) -> Tensor:
-    return images.new_empty(len(images), 3, side, side, dtype=torch.float32)
+    return images.new_empty(len(images), 3, side, side)
 
 
 def _resized(image: Tensor, box: list[int], side: int, interpolation: str) -> Tensor:

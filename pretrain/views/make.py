@@ -19,7 +19,7 @@ from pretrain.views.color import (
     to_grey,
 )
 from pretrain.views.config import Presentation, ViewConfig, ViewsConfig
-from pretrain.views.cpu import large, view_each
+from pretrain.views.cpu import Strengths, large, views_each
 from pretrain.views.crops import BOX_NUMBERS, boxes_of, crop_resize, normalize
 from pretrain.views.native import compiled
 
@@ -60,12 +60,11 @@ def make_views(
     """
     kinds = [kind for kind in config.views for _ in range(kind.count)]
     numbers = uniform(batch.keys, stream, (len(kinds), _NUMBERS))
-    views: dict[int, list[Tensor]] = {}
+    by_side: dict[int, list[tuple[ViewConfig, Drawn]]] = {}
     for number, kind in enumerate(kinds):
-        side = kind.size or presentation.image_size
-        view = render(batch.images, draw(numbers[:, number], batch.sizes, kind), kind, side, presentation)
-        views.setdefault(side, []).append(view)
-    return [torch.stack(of_size) for of_size in views.values()]
+        drawn = draw(numbers[:, number], batch.sizes, kind)
+        by_side.setdefault(kind.size or presentation.image_size, []).append((kind, drawn))
+    return [render(batch.images, views, side, presentation) for side, views in by_side.items()]
 
 
 def draw(numbers: Tensor, sizes: Tensor, kind: ViewConfig) -> Drawn:
@@ -92,15 +91,19 @@ def draw(numbers: Tensor, sizes: Tensor, kind: ViewConfig) -> Drawn:
     )
 
 
-def render(images: Tensor, drawn: Drawn, kind: ViewConfig, side: int, presentation: Presentation) -> Tensor:
-    """One view of each picture: crop and flip, jitter (brightness, contrast, saturation, hue), grey, blur,
-    solarise, normalise; float32 (b, 3, side, side) from uint8 (b, 3, height, width).
+def render(images: Tensor, views: list[tuple[ViewConfig, Drawn]], side: int, presentation: Presentation) -> Tensor:
+    """Views of one size: crop and flip, jitter (brightness, contrast, saturation, hue), grey, blur, solarise,
+    normalise; float32 (views, b, 3, side, side) from uint8 (b, 3, height, width).
 
     On a CPU with a C compiler the work is done picture by picture in compiled code (`cpu.py`), elsewhere on the
     whole batch in torch; both follow the same formulas, and agree to 1e-5 behind the same crop.
     """
     if images.device.type == "cpu" and compiled():
-        return _render_each(images, drawn, kind, side, presentation)
+        return _render_each(images, views, side, presentation)
+    return torch.stack([_render(images, drawn, kind, side, presentation) for kind, drawn in views])
+
+
+def _render(images: Tensor, drawn: Drawn, kind: ViewConfig, side: int, presentation: Presentation) -> Tensor:
     view = crop_resize(images, drawn.boxes, side, drawn.flip, presentation.interpolation)
     if kind.jitter is not None:
         brightness, contrast, saturation, hue = drawn.jitter.unbind(dim=1)
@@ -115,20 +118,22 @@ def render(images: Tensor, drawn: Drawn, kind: ViewConfig, side: int, presentati
     return normalize(view, presentation.mean, presentation.std)
 
 
-def _render_each(images: Tensor, drawn: Drawn, kind: ViewConfig, side: int, presentation: Presentation) -> Tensor:
-    flip = drawn.flip
+def _render_each(
+    images: Tensor, views: list[tuple[ViewConfig, Drawn]], side: int, presentation: Presentation
+) -> Tensor:
+    drawn = [drawn for _, drawn in views]
+    flip = torch.stack([d.flip for d in drawn])
     if not large(images):
-        images = crop_resize(images, drawn.boxes, side, flip, presentation.interpolation)
+        images = torch.stack([crop_resize(images, d.boxes, side, d.flip, presentation.interpolation) for d in drawn])
         flip = torch.zeros_like(flip)
-    radius = 0 if kind.blur is None else blur_radius(kind.blur.sigma[1])
-    return view_each(
-        images,
-        drawn.boxes,
-        drawn.jitter,
-        torch.stack([flip, drawn.grey, drawn.solarize], dim=1),
-        gaussian_weights(drawn.sigma, radius),
-        side,
-        presentation.interpolation,
-        list(presentation.mean),
-        list(presentation.std),
+    radius = max(0 if kind.blur is None else blur_radius(kind.blur.sigma[1]) for kind, _ in views)
+    strengths = Strengths(
+        jitter=torch.stack([d.jitter for d in drawn]),
+        flags=torch.stack(
+            [flip, torch.stack([d.grey for d in drawn]), torch.stack([d.solarize for d in drawn])], dim=-1
+        ),
+        weights=torch.stack([gaussian_weights(d.sigma, radius) for d in drawn]),
     )
+    boxes = torch.stack([d.boxes for d in drawn])
+    mean, std = presentation.mean, presentation.std
+    return views_each(images, boxes, strengths, side, presentation.interpolation, mean, std)
