@@ -20,7 +20,7 @@ from data.errors import UserError
 from data.keyed import permutation
 from pretrain.encoders.vision import VisionConfig, build_vision, eval_view, sincos_positions
 from pretrain.objectives.protocol import Objective, Output
-from pretrain.views import crop_resize, flips, normalize, random_resized_crop_boxes
+from pretrain.views import ViewConfig, ViewsConfig, make_views
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -73,6 +73,10 @@ class MaskedAutoencoder(Objective):
         """
         super().__init__()
         self.config, self.vision = config, vision
+        crop = ViewConfig(
+            scale=config.crop_scale, ratio=config.crop_ratio, flip=config.flip, jitter=None, grey=0.0, blur=None
+        )
+        self.views = ViewsConfig(views=[crop])
         encoder = build_vision(vision) if encoder is None else encoder
         if not isinstance(encoder, VisionTransformer):
             raise UserError(f"mae needs a ViT, but encoder.model {vision.model} is a {type(encoder).__name__}")
@@ -119,12 +123,7 @@ class MaskedAutoencoder(Objective):
         """Random resized crop and flip in training, the central square otherwise: float32 (b, 3, s, s)."""
         if not self.training:
             return eval_view(batch, self.vision)
-        config = self.config
-        boxes = random_resized_crop_boxes(batch.keys, batch.sizes, config.crop_scale, config.crop_ratio)
-        mirrored = flips(batch.keys, config.flip)
-        size = self.vision.image_size
-        images = crop_resize(batch.images, boxes, size, mirrored, self.vision.interpolation)
-        return normalize(images, self.vision.mean, self.vision.std)
+        return make_views(batch, self.views, self.vision)[0][0]
 
     def encode(self, images: Tensor, order: Tensor) -> Tensor:
         """Prefix tokens and the visible patches, encoded: (b, prefix + visible, d).
