@@ -45,19 +45,29 @@ NEXT_TOKEN: dict[str, Any] = {
     "watch": {"log_every": 1, "evaluate_every": 0, "checkpoint_every": 4},
 }
 _TWO_VIEWS = {"views": [{"count": 2, "scale": [0.5, 1.0]}], "hidden_width": 16}
+_CROPS = {
+    "views": [{"count": 2, "scale": [0.5, 1.0]}, {"count": 2, "size": 8, "scale": [0.2, 0.5]}],
+    "hidden_width": 16,
+}
+_DINO = _CROPS | {"bottleneck_width": 8, "prototypes": 12, "momentum": 0.9, "frozen_prototypes": 0.1}
 PICTURES: dict[str, dict[str, Any]] = {
     "simclr": _TWO_VIEWS | {"name": "simclr", "projection_width": 8, "temperature": 0.5},
     "moco": _TWO_VIEWS | {"name": "moco", "projection_width": 8, "momentum": 0.9, "queue": 24},
     "byol": _TWO_VIEWS | {"name": "byol", "projection_width": 8, "momentum": 0.9},
     "barlow_twins": _TWO_VIEWS | {"name": "barlow_twins", "projection_width": 8},
+    "dino": _DINO | {"name": "dino"},
+    "ibot": _DINO | {"name": "ibot", "mask_probability": 0.8},
+    "dinov2": _DINO | {"name": "dinov2"},
     "vicreg": _TWO_VIEWS | {"name": "vicreg", "projection_width": 8},
 }
-"""Objectives for pictures beside MAE, over the same tiny ViT."""
+"""Objectives for pictures beside MAE, over the same tiny ViT, which takes views of any size."""
+_ANY_SIZE = MAE["encoder"] | {"model_args": MAE["encoder"]["model_args"] | {"dynamic_img_size": True}}
 TEXTS = ("next_token", "masked_language")
 """Objectives over text, over the same tiny transformer."""
 MASKED_LANGUAGE: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "masked_language", "masked": 0.8}}
 BASES = {"mae": MAE, "next_token": NEXT_TOKEN, "masked_language": MASKED_LANGUAGE} | {
-    name: MAE | {"name": f"tiny_{name}", "objective": objective} for name, objective in PICTURES.items()
+    name: MAE | {"name": f"tiny_{name}", "objective": objective, "encoder": _ANY_SIZE}
+    for name, objective in PICTURES.items()
 }
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.protocol import Output, Tensors
-from pretrain.objectives.teacher import Teacher, cosine_momentum
+from pretrain.objectives.teacher import Teacher
 from pretrain.objectives.two_views import TwoViews, TwoViewsConfig, byol_views
+from pretrain.schedules import cosine
 from pretrain.views import ViewConfig
 
 
@@ -52,20 +53,20 @@ class BYOL(TwoViews):
     def compare(self, embeddings: Tensors, progress: float) -> Output:
         """Squared distance of unit vectors, both ways (equations 2 and 3), summed over samples. Metric:
         `similarity`, the mean cosine of prediction and target."""
-        cosine: list[Tensor] = []
+        cosines: list[Tensor] = []
         projector: Any = self.teacher.projector
         for seen, other in ((0, 1), (1, 0)):
             predicted = self.predictor(self.projector(embeddings["features"][:, seen])).float()
             with torch.no_grad():
                 target = projector(embeddings["targets"][:, other]).float()
-            cosine.append(F.cosine_similarity(predicted, target).sum())
-        count = cosine[0].new_tensor(float(len(embeddings["targets"])))
-        both_ways = cosine[0] + cosine[1]
+            cosines.append(F.cosine_similarity(predicted, target).sum())
+        count = cosines[0].new_tensor(float(len(embeddings["targets"])))
+        both_ways = cosines[0] + cosines[1]
         return Output(4.0 * count - 2.0 * both_ways, count, {"similarity": both_ways.detach() / 2})
 
     def after_step(self, progress: float, statistics: Tensors) -> None:
         """The teacher follows."""
-        momentum = cosine_momentum(progress, self.config.momentum)
+        momentum = cosine(progress, self.config.momentum, 1.0)
         self.teacher.follow(momentum, encoder=self.encoder, projector=self.projector)
 
     def exported(self) -> nn.Module:

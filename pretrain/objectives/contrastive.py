@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.protocol import Output, Tensors
-from pretrain.objectives.teacher import Teacher, cosine_momentum
+from pretrain.objectives.teacher import Teacher
 from pretrain.objectives.two_views import TwoViews, TwoViewsConfig, byol_views
+from pretrain.schedules import cosine
 from pretrain.views import ViewConfig
 
 
@@ -150,7 +151,7 @@ class MoCo(TwoViews):
 
     def after_step(self, progress: float, statistics: Tensors) -> None:
         """The teacher follows; the newest keys push the oldest out of the queue."""
-        momentum = cosine_momentum(progress, self.config.momentum)
+        momentum = cosine(progress, self.config.momentum, 1.0)
         self.teacher.follow(momentum, encoder=self.encoder, projector=self.projector)
         if self.config.queue:
             self.queue.copy_(torch.cat([statistics["keys"], self.queue])[: self.config.queue])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, Self
 
 import torch
@@ -42,8 +41,3 @@ class Teacher(nn.Module):
             mine: list[Tensor] = list(copied.parameters())
             theirs: list[Tensor] = list(network.parameters())
             torch._foreach_lerp_(mine, theirs, 1.0 - momentum)
-
-
-def cosine_momentum(progress: float, start: float) -> float:
-    """A teacher's momentum, from `start` to 1 by half a cosine of `progress` (BYOL, section 3.2)."""
-    return 1.0 - (1.0 - start) * (math.cos(math.pi * progress) + 1.0) / 2.0
