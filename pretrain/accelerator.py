@@ -19,7 +19,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from data.errors import UserError
+from pretrain.objectives.protocol import JointObjective
 from pretrain.recipe import Recipe
+from pretrain.sharding import is_sharded, shard
 
 T = TypeVar("T")
 _DIE_WITH_PARENT = 1
@@ -38,6 +40,8 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; use bf16 or no")
+    if recipe.train.shard and (recipe.train.precision == "fp16" or recipe.train.compile):
+        raise UserError("train.shard goes with neither train.precision=fp16 (use bf16) nor train.compile=true")
     if recipe.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
     torch.use_deterministic_algorithms(recipe.train.deterministic)
@@ -60,12 +64,21 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     return accelerator
 
 
+def place(module: nn.Module, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Put a module on the device, sharded over the processes where the recipe asks for it and there are several."""
+    if recipe.train.shard and accelerator.num_processes > 1:
+        shard(module, accelerator.device, ("embed", "observe", "compare") if isinstance(module, JointObjective) else ())
+    else:
+        module.to(accelerator.device)
+
+
 def wrap(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
     """The objective and its optimiser, prepared for the devices, the precision and the processes at hand."""
     with warnings.catch_warnings():
         # Newer torch prefers `forward_sync_buffers`, which older ones and Accelerate do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        model = accelerator.prepare_model(objective)
+        # What is sharded needs no wrapper for several processes, only mixed precision.
+        model = accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective))
     return model, accelerator.prepare_optimizer(optimizer)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from data.keyed import hash64
 from pretrain.norm import StatisticsGuard, untracked
 from pretrain.objectives.protocol import JointObjective, Output
 from pretrain.setup import Setup
+from pretrain.sharding import is_sharded, local, total_norm
 
 
 @dataclass
@@ -88,8 +89,9 @@ def _accumulated(setup: Setup, source: _Timed, progress: float) -> Output:
     parts = []
     for number in range(loader.accumulation):
         batch = next(source)
+        # Sharded gradients are summed over the processes at once: holding them whole would undo the sharding.
         last = number + 1 == loader.accumulation
-        with nullcontext() if last else accelerator.no_sync(setup.model):
+        with nullcontext() if last or is_sharded(setup.model) else accelerator.no_sync(setup.model):
             output = setup.model(batch, progress)
             accelerator.backward(output.loss_sum / loader.batch_size)
         parts.append(output)
@@ -149,8 +151,8 @@ def _reseed(seed: int, number: int) -> None:
 
 
 def _average_gradients(setup: Setup) -> None:
-    """What DistributedDataParallel does in its own backward pass: the mean over processes, in place."""
-    if setup.accelerator.num_processes == 1:
+    """What DistributedDataParallel and sharding do in their own backward passes: the mean over processes, in place."""
+    if setup.accelerator.num_processes == 1 or is_sharded(setup.model):
         return
     gradients = [p.grad for p in setup.state.objective.parameters() if p.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -166,8 +168,8 @@ def _scale_and_clip(setup: Setup, count: Tensor) -> Tensor:
     gradients = [p.grad for p in setup.state.objective.parameters() if p.grad is not None]
     # Processes' gradients were averaged and divided by the batch size; the sum over the count is wanted.
     factor = accelerator.num_processes * setup.loader.batch_size / count.clamp(min=1.0)
-    norm = nn.utils.get_total_norm(gradients).double() * factor
+    norm = total_norm(gradients).double() * factor
     if clip is not None:
         factor = factor * (clip / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor.to(gradients[0].dtype))
     return norm

@@ -26,6 +26,7 @@ from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
 from pretrain.saver import Saver, saving
 from pretrain.setup import Setup, prepare
+from pretrain.whole import whole
 
 
 class RunFailed(Exception):
@@ -65,8 +66,9 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     with run.watched(state), heard(accelerator), saving(accelerator, run.checkpoints, recipe.watch) as saver:
         saver.last = start
         _run(setup, run, line, saver)
+        final = whole(setup)
         if setup.main:
-            export(recipe, state, setup.data, run.export)
+            export(recipe, final.state, setup.data, run.export)
     accelerator.end_training()
     return run.export
 
@@ -92,7 +94,7 @@ def _run(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None
                 "another --output and a lower optimizer.lr, or with train.precision=bf16"
             )
         if evaluate_every and _due(setup, evaluate_every):
-            values = evaluate(setup)
+            values = evaluate(whole(setup))
             if values:
                 _record(setup, run, values)
                 line.say(f"step {state.step:,}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))

@@ -51,6 +51,9 @@ class TrainConfig(BaseModel):
     """Largest norm of the gradient."""
     ema: float | None = Field(default=None, ge=0, lt=1)
     """Momentum of an average of the encoder's weights, which is then evaluated and exported."""
+    shard: bool = False
+    """Cut weights, gradients and optimiser state over the processes (FSDP2), for models that no device holds whole;
+    cannot change what is trained."""
     compile: bool = False
     """torch.compile the objective."""
     deterministic: bool = False
@@ -130,7 +133,7 @@ class Recipe(BaseModel):
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
         del whole["data"]["train"], whole["data"]["workers"], whole["data"]["damaged"]
-        del whole["train"]["skips"], whole["train"]["microbatch"]
+        del whole["train"]["skips"], whole["train"]["microbatch"], whole["train"]["shard"]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
             whole["data"]["validation"] = None
         return whole

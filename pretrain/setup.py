@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from data.loader import Loader
-from pretrain.accelerator import make_accelerator, wrap
+from pretrain.accelerator import make_accelerator, place, wrap
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average
 from pretrain.norm import synchronise
@@ -55,10 +55,12 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     loader = make_loader(recipe, data, accelerator)
     objective = build_objective(recipe)
     objective.read(data.train)
-    objective = objective.to(accelerator.device)
     if accelerator.num_processes > 1:
         synchronise(objective)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None
+    for module in (objective, average):
+        if module is not None:
+            place(module, recipe, accelerator)
     optimizer = build_optimizer(objective, recipe.optimizer)
     if recipe.train.compile:
         objective.compile()

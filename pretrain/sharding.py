@@ -6,10 +6,14 @@ parameter into a DTensor cut along its first dimension and leaves names and modu
 
 from __future__ import annotations
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from data.errors import UserError
 from pretrain.tensors import Piece
 
 
@@ -40,3 +44,66 @@ def like(local: Tensor, other: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """The memory that this process holds of a tensor; changing it changes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(module: nn.Module, device: torch.device, methods: tuple[str, ...] = ()) -> None:
+    """Cut the module's parameters over all processes, in place; each call of it gathers them block by block.
+
+    Blocks are the composite members of lists and sequences of modules: what repeats in transformers and ResNets.
+    What lies outside of them is gathered when `module` itself is called. Sums and rounding are those of
+    DistributedDataParallel: parameters, gradients and their reduction keep their dtype (mixed precision is autocast).
+
+    Args:
+        methods: of `module`, which gather its parameters as calling it does.
+
+    Raises:
+        UserError: a parameter is a scalar, which has no rows.
+    """
+    scalars = [name for name, parameter in module.named_parameters() if parameter.ndim == 0]
+    if scalars:
+        raise UserError(f"{', '.join(scalars)} cannot be sharded, being a single number; set train.shard=false")
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for block in _blocks(module):
+        fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut this module."""
+    return isinstance(module, FSDPModule)
+
+
+@torch.no_grad()
+def copy_whole(source: nn.Module, target: nn.Module) -> None:
+    """Give `target`, a plain module of the same kind, the sharded one's parameters and buffers; on all processes."""
+    for one, other in (
+        (source.named_parameters(), dict(target.named_parameters())),
+        (source.named_buffers(), dict(target.named_buffers())),
+    ):
+        for name, tensor in one:
+            other[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar; of sharded ones over all processes."""
+    norm = nn.utils.get_total_norm([local(gradient) for gradient in gradients])
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
+        squared = norm.double().square()
+        torch.distributed.all_reduce(squared)
+        return squared.sqrt()
+    return norm
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Inner ones first."""
+    found = []
+    for parent in module.modules():
+        if isinstance(parent, nn.ModuleList | nn.Sequential):
+            found += [child for child in parent if any(True for _ in child.children()) and _has_parameters(child)]
+    return [block for block in reversed(list(dict.fromkeys(found))) if not isinstance(block, nn.ModuleList)]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
