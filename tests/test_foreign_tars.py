@@ -199,7 +199,7 @@ def test_compressed_truncated_and_other_files_are_refused(tmp_path: Path) -> Non
         with pytest.raises(UserError, match=message) as caught:
             ShardedDataset(path)
         assert f"{name}.tar" in str(caught.value)
-    with pytest.raises(UserError, match=r"missing"):
+    with pytest.raises(UserError, match=r"gone\.tar does not exist"):
         ShardedDataset([whole, tmp_path / "gone.tar"])
 
 
