@@ -16,8 +16,8 @@ from data.errors import DamagedData
 from data.keyed import hash64
 
 if TYPE_CHECKING:
-    from data.dataset import Ints, ShardedDataset
-    from data.mixture import Mixture
+    from data.dataset import Ints
+    from data.mixture import Samples
 
 _MEMBER, _SHARD = 0xDA3A, 0xDA35
 _FROM_ONE_SHARD = 4
@@ -31,7 +31,7 @@ class Mended(NamedTuple):
     reports: tuple[str, ...]
 
 
-def read_mended(dataset: ShardedDataset | Mixture, read: Callable[[Ints, Ints], Any], ids: Ints, keys: Ints) -> Mended:
+def read_mended(dataset: Samples, read: Callable[[Ints, Ints], Any], ids: Ints, keys: Ints) -> Mended:
     """`read(ids, keys)`, with substitutes where samples are damaged and the dataset tolerates damage.
 
     A substitute brings its own id and label, and keeps the key of the sample it stands for.
@@ -56,7 +56,7 @@ def read_mended(dataset: ShardedDataset | Mixture, read: Callable[[Ints, Ints], 
 
 
 def _substitute(
-    dataset: ShardedDataset | Mixture, read: Callable[[Ints, Ints], Any], identity: int, key: Ints, damage: DamagedData
+    dataset: Samples, read: Callable[[Ints, Ints], Any], identity: int, key: Ints, damage: DamagedData
 ) -> int:
     for candidate in candidates(dataset, identity, int(key[0])):
         try:
@@ -67,7 +67,7 @@ def _substitute(
     raise DamagedData(f"{damage}; nothing readable was found to take its place")
 
 
-def candidates(dataset: ShardedDataset | Mixture, identity: int, key: int) -> Iterator[int]:
+def candidates(dataset: Samples, identity: int, key: int) -> Iterator[int]:
     """Ids of this view that may stand for sample `identity` under `key`, best first.
 
     First from its own shard, which is at hand; then from shards that depend on its shard alone, so that the

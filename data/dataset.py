@@ -50,6 +50,7 @@ class ShardedDataset:
         self.classes: list[str] = self.manifest.get("classes", [])
         self.fingerprint: str = self.manifest["fingerprint"]
         self.paths, self.folder = self.storage.names, self.storage.folder
+        self.folders = [self.folder]
         self.context = context
         if self.kind == "text" and (context is None or context < 1):
             raise UserError(f"{self.folder} holds text; give the number of tokens in a row (context), at least 1")

@@ -9,9 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple
 
-from data.dataset import Ints, ShardedDataset
+from data.dataset import Ints
 from data.errors import UserError
-from data.mixture import Mixture
+from data.mixture import Samples
 from data.order import BLOCK_SAMPLES
 from data.requests import Request, Requests, Share
 
@@ -38,7 +38,7 @@ class EncodedLoader:
 
     def __init__(
         self,
-        dataset: ShardedDataset | Mixture,
+        dataset: Samples,
         batch_size: int,
         seed: int = 0,
         rank: int = 0,
@@ -86,7 +86,7 @@ class EncodedLoader:
 
 
 class _Reader:
-    def __init__(self, dataset: ShardedDataset | Mixture) -> None:
+    def __init__(self, dataset: Samples) -> None:
         self.dataset = dataset
 
     def __call__(self, request: Request) -> EncodedBatch:

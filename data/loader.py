@@ -15,16 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from data.batch import ImageBatch, TextBatch
 from data.canvas import CanvasDecoder
 from data.damage import Mended, read_mended
-from data.dataset import Ints, ShardedDataset
+from data.dataset import Ints
 from data.errors import DamagedData, UserError
 from data.images import UnreadableAt
 from data.keyed import sample_keys
-from data.mixture import Mixture
+from data.mixture import Samples
 from data.order import BLOCK_SAMPLES
 from data.requests import Request, Requests, Share
 
 _MOST_REPORTS = 20
-AnyDataset = ShardedDataset | Mixture
 
 
 class Decoder(Protocol):
@@ -45,7 +44,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: AnyDataset,
+        dataset: Samples,
         batch_size: int | Callable[[int], int],
         seed: int = 0,
         rank: int = 0,
@@ -133,7 +132,7 @@ class Loader:
 
 
 def sequential(
-    dataset: AnyDataset,
+    dataset: Samples,
     batch_size: int,
     canvas: int | None = None,
     workers: int = 0,
@@ -184,7 +183,7 @@ class _Sent:
 class _Reader(Dataset[Any]):
     """Reads and decodes one request; runs in a worker process, or in the main one without workers."""
 
-    def __init__(self, dataset: AnyDataset, decode: Decoder | None) -> None:
+    def __init__(self, dataset: Samples, decode: Decoder | None) -> None:
         self.dataset, self.decode = dataset, decode
 
     def __getitem__(self, request: Request) -> _Sent | UserError:
@@ -220,7 +219,7 @@ def _whole(batches: Iterable[Any]) -> Iterator[Any]:
 
 
 def _torch_loader(
-    dataset: AnyDataset, requests: Any, workers: int, decode: Decoder | None, pin_memory: bool
+    dataset: Samples, requests: Any, workers: int, decode: Decoder | None, pin_memory: bool
 ) -> DataLoader:
     return DataLoader(
         _Reader(dataset, decode),

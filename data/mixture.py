@@ -15,6 +15,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class Mixture:
         self.tolerance = max(dataset.tolerance for dataset in self.datasets)
         self.kind, self.context, self.folder = first.kind, first.context, first.folder
         self.classes, self._labels = _join_classes(self.datasets)
+        self.folders = [dataset.folder for dataset in self.datasets]
         self.manifest = first.manifest | {"classes": self.classes}
         facts = [[dataset.fingerprint, share] for dataset, share in zip(self.datasets, self.shares, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -155,6 +157,24 @@ class Mixture:
         """The places of each dataset that occurs."""
         numbers = np.searchsorted(starts, values, side="right") - 1
         return [(int(number), np.flatnonzero(numbers == number)) for number in np.unique(numbers)]
+
+
+Samples = ShardedDataset | Mixture
+
+
+def open_samples(source: str | Path | Sequence[str] | Mapping[str, float], **arguments: Any) -> Samples:
+    """A dataset, or the mixture of several that a mapping from each one's folder or glob to its weight describes.
+
+    Args:
+        arguments: of `ShardedDataset`: `context`, `kind`, `tolerance`.
+
+    Raises:
+        UserError: see `ShardedDataset` and `Mixture`.
+    """
+    if not isinstance(source, Mapping):
+        return ShardedDataset(source, **arguments)
+    datasets = [ShardedDataset(path, **arguments) for path in source]
+    return datasets[0] if len(datasets) == 1 else Mixture(datasets, list(source.values()))
 
 
 class Cycle:

@@ -18,8 +18,7 @@ from data.keyed import sample_keys
 from data.order import BLOCK_SAMPLES, Ints
 
 if TYPE_CHECKING:
-    from data.dataset import ShardedDataset
-    from data.mixture import Mixture
+    from data.mixture import Samples
 
 
 class Request(NamedTuple):
@@ -89,7 +88,7 @@ class Requests(Sampler[Request]):
 
     def __init__(
         self,
-        dataset: ShardedDataset | Mixture,
+        dataset: Samples,
         share: Share,
         size_at: Callable[[int], int],
         seed: int,

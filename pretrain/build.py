@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.dataset import ShardedDataset
 from data.errors import UserError
+from data.mixture import Samples, open_samples
 from data.shards import MANIFEST
 from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.encoders.vision import VisionConfig, build_vision
@@ -24,8 +24,8 @@ from pretrain.recipe import Recipe
 class Datasets:
     """What a run reads."""
 
-    train: ShardedDataset
-    validation: ShardedDataset | None
+    train: Samples
+    validation: Samples | None
 
 
 _OBJECTIVES: dict[type, Callable[[Any, Any, Any], Objective]] = {
@@ -53,14 +53,18 @@ def open_data(recipe: Recipe) -> Datasets:
     if recipe.data.train is None:
         raise UserError(f"recipe {recipe.name} names no data; add data.train=FOLDER_OF_SHARDS")
     context = recipe.encoder.context if isinstance(recipe.encoder, TextConfig) else None
-    train = _open(recipe.data.train, context, recipe.data.damaged)
-    validation = recipe.data.validation
+    kind, damaged = "text" if context else "images", recipe.data.damaged
+
+    def opened(source: str | list[str] | dict[str, float]) -> Samples:
+        return open_samples(source, context=context, kind=kind, tolerance=damaged)
+
+    train, validation = opened(recipe.data.train), recipe.data.validation
     if isinstance(validation, float | int):
-        train, held_out = train.split(float(validation))
-        return Datasets(train, held_out)
-    if validation is None and context and (train.folder / "validation" / MANIFEST).exists():
-        validation = str(train.folder / "validation")
-    return Datasets(train, _open(validation, context, recipe.data.damaged) if validation else None)
+        return Datasets(*train.split(float(validation)))
+    if validation is not None:
+        return Datasets(train, opened(validation))
+    own = [str(folder / "validation") for folder in train.folders if (folder / "validation" / MANIFEST).exists()]
+    return Datasets(train, opened(dict.fromkeys(own, 1.0)) if own and context else None)
 
 
 def resolve(recipe: Recipe, data: Datasets) -> Recipe:
@@ -79,7 +83,3 @@ def resolve(recipe: Recipe, data: Datasets) -> Recipe:
         )
     facts = {"vocab_size": given or known, "pad_token": data.train.manifest["pad"]}
     return recipe.model_copy(update={"encoder": recipe.encoder.model_copy(update=facts)})
-
-
-def _open(source: str, context: int | None, tolerance: int) -> ShardedDataset:
-    return ShardedDataset(source, context=context, kind="text" if context else "images", tolerance=tolerance)

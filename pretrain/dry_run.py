@@ -31,7 +31,9 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     objective = build_objective(recipe).to(device)
     parameters = sum(p.numel() for p in objective.parameters())
     train = recipe.train
-    Loader(data.train, train.batch_size, canvas=recipe.data.canvas, microbatch=train.microbatch)  # can it be split?
+    # Can it be split?
+    lanes, canvas = recipe.data.lanes, recipe.data.canvas
+    Loader(data.train, train.batch_size, canvas=canvas, microbatch=train.microbatch, lanes=lanes)
     size = min(_SAMPLES, train.batch_size)
     loader = Loader(data.train, size, seed=recipe.seed, canvas=recipe.data.canvas)
     batches = iter(loader)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 
-from data.dataset import Ints, ShardedDataset
+from data.dataset import Ints
 from data.keyed import hash64
 from data.loader import sequential
+from data.mixture import Samples
 from data.tokenizer import load, token_bytes
 from pretrain.collapse import effective_rank, spread
 from pretrain.encoders.vision import VisionConfig
@@ -71,7 +72,7 @@ def _features(setup: Setup, config: VisionConfig) -> dict[str, float]:
     return values
 
 
-def _held_out_loss(setup: Setup, validation: ShardedDataset, mine: Ints) -> dict[str, float]:
+def _held_out_loss(setup: Setup, validation: Samples, mine: Ints) -> dict[str, float]:
     recipe, accelerator, objective = setup.recipe, setup.accelerator, setup.state.objective
     objective.eval()
     totals: dict[str, float] = {"loss": 0.0, "count": 0.0}
@@ -91,7 +92,7 @@ def _held_out_loss(setup: Setup, validation: ShardedDataset, mine: Ints) -> dict
     return found
 
 
-def _bits_per_byte(setup: Setup, objective: NextToken, validation: ShardedDataset, mine: Ints) -> float:
+def _bits_per_byte(setup: Setup, objective: NextToken, validation: Samples, mine: Ints) -> float:
     """Of the text itself, whatever its tokens: comparable between vocabularies."""
     lengths = torch.from_numpy(token_bytes(load(validation.folder))).to(setup.accelerator.device)
     sums = torch.zeros(2, dtype=torch.float64)

@@ -11,9 +11,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.dataset import Ints, ShardedDataset
+from data.dataset import Ints
 from data.keyed import hash64
 from data.loader import sequential
+from data.mixture import Samples
 from pretrain.encoders.vision import VisionConfig, eval_view
 
 _SUBSET_SEED = 0xBA27
@@ -63,7 +64,7 @@ def rows_at_once(bank: Tensor) -> int:
 
 @torch.no_grad()
 def features(
-    encoder: nn.Module, dataset: ShardedDataset, config: VisionConfig, canvas: int, ids: Ints | None = None
+    encoder: nn.Module, dataset: Samples, config: VisionConfig, canvas: int, ids: Ints | None = None
 ) -> tuple[Tensor, Tensor]:
     """Pooled features float32 (n, d) and labels int64 (n,) of the samples `ids`, on the encoder's device."""
     device = next(encoder.parameters()).device
@@ -78,7 +79,7 @@ def features(
     return torch.cat(parts), torch.cat(labels)
 
 
-def labelled_subset(dataset: ShardedDataset, most: int) -> Ints:
+def labelled_subset(dataset: Samples, most: int) -> Ints:
     """At most `most` labelled sample ids, spread evenly by hash, the same at every call."""
     return subset(dataset.all_ids()[dataset.labels() >= 0], most)
 
@@ -98,7 +99,7 @@ class Probe:
     canvas: int
     accelerator: Accelerator
 
-    def features(self, dataset: ShardedDataset, ids: Ints) -> tuple[Tensor, Tensor]:
+    def features(self, dataset: Samples, ids: Ints) -> tuple[Tensor, Tensor]:
         """Features and labels of `ids`, in their order, on every process."""
         rank, size = self.accelerator.process_index, self.accelerator.num_processes
         # All take equally many: a sharded encoder's forward pass is a common act.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.order import BLOCK_SAMPLES
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.pictures import PictureConfig
@@ -20,14 +21,19 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: str | None = None
-    """Folder or glob of shards."""
+    train: str | list[str] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Folder or glob of shards, or a list of tars; or several, each with its weight, mixed in exact proportions."""
     validation: str | float | None = None
     """Held-out shards, or a share of `train` (pictures only). Text shards bring their own by default."""
     canvas: int = Field(default=256, ge=1)
     """Side of the square that pictures are decoded onto, in pixels; larger ones are shrunk to fit."""
     workers: int = Field(default=2, ge=0)
     """Reading and decoding processes for each training process; cannot change what is trained."""
+    lanes: int = Field(default=1, ge=1)
+    """Pieces of the shards that are read side by side: with as many as nodes, each node reads only its share of the
+    shards. Part of what the order is, so it stays what it was when a run goes on with other nodes."""
+    shuffle_samples: int = Field(default=BLOCK_SAMPLES, ge=1)
+    """Samples that are mixed at least; fewer need fewer shards at hand at a time (at least 16 are mixed)."""
     damaged: int = Field(default=0, ge=0)
     """Damaged samples that a run replaces by others, all processes together, before it stops."""
 

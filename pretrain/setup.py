@@ -81,4 +81,6 @@ def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loa
         canvas=recipe.data.canvas,
         microbatch=recipe.train.microbatch,
         pin_memory=accelerator.device.type == "cuda",
+        lanes=recipe.data.lanes,
+        shuffle_samples=recipe.data.shuffle_samples,
     )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from data.batch import ImageBatch, TextBatch
-from data.dataset import ShardedDataset
+from data.mixture import Samples
 from data.tokenizer import load
 from data.vocabulary import Vocabulary
 from pretrain.encoders.text import TextEncoder
@@ -76,7 +76,7 @@ class MaskedLanguage(TextObjective):
         self.config = config
         self.table = TokenTable(encoder.config.vocab_size)
 
-    def read(self, data: ShardedDataset) -> None:
+    def read(self, data: Samples) -> None:
         """Learn from the tokenizer which ids are special and where words begin."""
         self.table.read(Vocabulary.of(load(data.folder)))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from data.batch import ImageBatch, TextBatch
-from data.dataset import ShardedDataset
+from data.mixture import Samples
 from pretrain.gather import all_sum, gather, rank
 
 Tensors = dict[str, Tensor]
@@ -49,7 +49,7 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
         """The loss of one microbatch; `progress` in [0, 1] is the share of training done."""
 
-    def read(self, data: ShardedDataset) -> None:
+    def read(self, data: Samples) -> None:
         """Called once before training, and before a checkpoint is restored: what only the training data can tell."""
 
     def after_step(self, progress: float, statistics: Tensors) -> None:
