@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import sys
 import warnings
@@ -113,10 +114,23 @@ def heard(accelerator: Accelerator) -> Iterator[None]:
         raise
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Open the recipe's trackers, with its settings as flat names."""
-    if recipe.watch.trackers:
-        accelerator.init_trackers(recipe.name, config=_flat(recipe.model_dump(mode="json")))
+def start_trackers(accelerator: Accelerator, recipe: Recipe, extra: dict[str, Any]) -> None:
+    """Open the recipe's trackers, with its settings as flat names.
+
+    The ids of runs are kept in `extra`, part of the training state, so that a resumed run goes on in the same one
+    (W&B and MLflow; TensorBoard goes on in the same folder).
+    """
+    if not recipe.watch.trackers:
+        return
+    known: dict[str, str] = extra.setdefault("trackers", {})
+    options: dict[str, dict[str, Any]] = {}
+    if "wandb" in recipe.watch.trackers:
+        options["wandb"] = {"id": known.setdefault("wandb", secrets.token_hex(6)), "resume": "allow"}
+    if "mlflow" in known:
+        options["mlflow"] = {"run_id": known["mlflow"]}
+    accelerator.init_trackers(recipe.name, config=_flat(recipe.model_dump(mode="json")), init_kwargs=options)
+    if "mlflow" in recipe.watch.trackers and accelerator.is_main_process:
+        known["mlflow"] = accelerator.get_tracker("mlflow").tracker.info.run_id
 
 
 def end_with_launcher() -> None:

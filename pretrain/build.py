@@ -27,6 +27,11 @@ class Datasets:
     train: Samples
     validation: Samples | None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be resumed: which samples there are, not where they lie."""
+        return {"samples": len(self.train), "fingerprint": self.train.fingerprint}
+
 
 _OBJECTIVES: dict[type, Callable[[Any, Any, Any], Objective]] = {
     **PICTURES,

@@ -87,7 +87,7 @@ def export_run(run: Path, out: Path) -> dict[str, Any]:
     objective = build_objective(recipe)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None
     state = TrainingState(objective, build_optimizer(objective, recipe.optimizer), average, scaler=None)
-    state.restore(path, recipe, data.train.fingerprint)
+    state.restore(path, recipe, data.facts)
     return export(recipe, state, data, out)
 
 

@@ -55,13 +55,13 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     line = ProgressLine(setup.steps, recipe.train.batch_size, setup.main)
     start = on_main(accelerator, lambda: checkpoint.choose(run.checkpoints, resume, line.say))
     if start is not None:
-        state.restore(start, recipe, setup.data.train.fingerprint)
+        state.restore(start, recipe, setup.data.facts)
     if state.step >= setup.steps and on_main(accelerator, lambda: exported_step(run.export) == state.step):
         line.say(f"{recipe.name} has already ended at step {state.step:,}; nothing is left to do")
         accelerator.end_training()
         return run.export
     on_main(accelerator, lambda: run.begin(recipe, state.step))
-    start_trackers(accelerator, recipe)
+    start_trackers(accelerator, recipe, state.extra)
     line.say(_opening(setup, start))
     with run.watched(state), heard(accelerator), saving(accelerator, run.checkpoints, recipe.watch) as saver:
         saver.last = start
@@ -166,7 +166,7 @@ def _save(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> Non
     problem = saver.finish()
     if problem:
         line.say(f"{problem}; the run goes on, and would resume from {saver.last or 'where it started'}")
-    saver.save(setup.state.step, setup.state.snapshot(setup.recipe, setup.data.train.fingerprint))
+    saver.save(setup.state.step, setup.state.snapshot(setup.recipe, setup.data.facts))
     facts = {"checkpoint": saver.last and saver.last.name, "problem": problem, "damaged": setup.state.damaged}
     run.status("running", step=setup.state.step, **{name: fact for name, fact in facts.items() if fact})
 

@@ -135,11 +135,13 @@ class Recipe(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
 
-        Where the shards lie does not count (their fingerprint does), nor how the global batch is split.
+        Where the shards lie does not count (their fingerprint does), nor how the global batch is split, nor how
+        the same sums are computed (`compile`, `deterministic`, `shard`), which changes their rounding alone.
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
         del whole["data"]["train"], whole["data"]["workers"], whole["data"]["damaged"]
-        del whole["train"]["skips"], whole["train"]["microbatch"], whole["train"]["shard"]
+        for how in ("skips", "microbatch", "shard", "compile", "deterministic"):
+            del whole["train"][how]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
             whole["data"]["validation"] = None
         return whole

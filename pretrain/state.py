@@ -48,8 +48,11 @@ class TrainingState:
     """Whatever else must survive, as JSON can hold it and by owner: statistics of losses, ranges of samples left
     out, the best metric, ids of trackers' runs. Saved and restored whole."""
 
-    def snapshot(self, recipe: Recipe, fingerprint: str) -> Checkpoint:
-        """The live tensors by kind, and the rest as JSON; the saver takes the copy."""
+    def snapshot(self, recipe: Recipe, data: Any) -> Checkpoint:
+        """The live tensors by kind, and the rest as JSON; the saver takes the copy.
+
+        `data` says which data they were trained on (`Datasets.facts`).
+        """
         tensors = {"optimizer": optimizer_tensors(self.optimizer, self.objective)}
         for kind, module in self._modules().items():
             tensors[kind], tensors[f"{kind}_buffers"] = _module_tensors(module)
@@ -62,18 +65,18 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "groups": optimizer_groups(self.optimizer),
             "identity": recipe.identity(),
-            "fingerprint": fingerprint,
+            "data": data,
         }
         return Checkpoint(tensors, state)
 
-    def restore(self, path: Path, recipe: Recipe, fingerprint: str) -> None:
+    def restore(self, path: Path, recipe: Recipe, data: Any) -> None:
         """Take over a verified checkpoint, saved by any number of processes, sharded or not.
 
         Raises:
             UserError: it belongs to another recipe or dataset, or to another version of the model.
         """
         saved = checkpoint.read_state(path)
-        check_same(path, saved, recipe, fingerprint)
+        check_same(path, saved, recipe, data)
         for kind, module in self._modules().items():
             try:
                 _load_module(
@@ -98,7 +101,7 @@ class TrainingState:
         return modules if self.average is None else modules | {"ema": self.average}
 
 
-def check_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, fingerprint: str) -> None:
+def check_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, data: Any) -> None:
     """Raise `UserError`, with what differs, unless a checkpoint's run is the recipe's on the same data."""
     changes = differences(saved["identity"], recipe.identity())
     if changes:
@@ -106,10 +109,11 @@ def check_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, fingerprint
             f"{path} was made with another recipe ({'; '.join(changes)}); undo the change, or start anew with "
             "another --output"
         )
-    if saved["fingerprint"] != fingerprint:
+    changes = differences({"data.train": saved["data"]}, {"data.train": data})
+    if changes:
         raise UserError(
-            f"{path} was made with other data than data.train holds now (fingerprint {saved['fingerprint']} -> "
-            f"{fingerprint}); restore the shards, or start anew with another --output"
+            f"{path} was made with other data than data.train holds now ({'; '.join(changes)}); restore the shards, "
+            "or start anew with another --output"
         )
 
 

@@ -104,8 +104,18 @@ def test_another_recipe_is_refused_with_the_difference(
     with pytest.raises(UserError) as caught:
         setup.state.restore(path, recipe("mae", digits / "train", change | {"train.ema": 0.9}), "f")
     assert words in str(caught.value)
-    with pytest.raises(UserError, match="other data"):
-        setup.state.restore(path, setup.recipe, "g")
+
+
+def test_other_data_are_refused_with_the_difference(digits: Path, tmp_path: Path) -> None:
+    setup = trained(digits, tmp_path, 0)
+    now = setup.data.facts
+    path = write(tmp_path, 0, setup.state.snapshot(setup.recipe, now))
+    other = prepare(recipe("mae", digits / "test", {"train.ema": 0.9}), tmp_path).data.facts
+    with pytest.raises(UserError, match=f"other data .*data.train.samples: {now['samples']} -> {other['samples']}"):
+        setup.state.restore(path, setup.recipe, other)
+    with pytest.raises(UserError, match="data.train.fingerprint: "):
+        setup.state.restore(path, setup.recipe, now | {"fingerprint": "0"})
+    setup.state.restore(path, setup.recipe, now)
 
 
 def test_keep_is_respected(tmp_path: Path) -> None:

@@ -153,6 +153,11 @@ def changed(settings: dict[str, Any]) -> Recipe:
         {"data.validation": "other/shards"},
         {"train.skips": 3},
         {"train.microbatch": 4},
+        {"train.shard": True},
+        {"train.compile": True},
+        {"train.deterministic": True},
+        {"watch.checkpoint_keep": 7},
+        {"watch.checkpoint_keep_every": 100},
         {"name": "other"},
     ],
 )
@@ -165,6 +170,9 @@ def test_identity_ignores_what_changes_nothing(settings: dict[str, Any]) -> None
     "settings",
     [
         {"seed": 1},
+        {"optimizer.weight_decay": 0.1},
+        {"train.precision": "bf16"},
+        {"train.clip": 0.1},
         {"objective.mask_ratio": 0.5},
         {"optimizer.lr": 1.0},
         {"train.batch_size": 8},
