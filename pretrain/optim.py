@@ -60,6 +60,8 @@ def _build(module: nn.Module, config: OptimizerConfig, groups: list[dict[str, An
             # The loop has clipped already.
             return Lamb(_adapted(groups), lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=None)
         case LarsConfig():
+            for group in groups:
+                group["lr_scale"] *= 1.0 if group["decays"] else config.vector_scale
             return timm.optim.Lars(_adapted(groups), lr=config.lr, momentum=config.momentum, trust_coeff=config.trust)
     raise TypeError(f"no optimiser for {type(config).__name__}")
 

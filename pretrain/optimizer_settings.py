@@ -128,6 +128,8 @@ class LarsConfig(OptimizerConfig):
     """Decay of the running gradient."""
     trust: float = Field(default=0.001, gt=0)
     """Length of a step at rate 1 as a share of the weights' norm (equation 6)."""
+    vector_scale: float = Field(default=1.0, gt=0)
+    """Rate of biases and norms over `lr` (Barlow Twins, section 2.2)."""
 
 
 class MuonConfig(OptimizerConfig):

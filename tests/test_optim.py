@@ -202,6 +202,11 @@ def test_lars_and_lamb_are_timm_s_with_vectors_left_alone() -> None:
         torch.testing.assert_close(ours.state_dict(), reference.state_dict())
 
 
+def test_the_vectors_of_lars_may_have_a_rate_of_their_own() -> None:
+    optimizer = build_optimizer(nn.Linear(3, 3), config("lars", vector_scale=0.25))
+    assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 0.25]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_optimizer_from_a_checkpoint_takes_the_same_steps_bit_for_bit(name: str, tmp_path: Path) -> None:
     module, copy = mae(), mae()
