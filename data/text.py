@@ -20,6 +20,8 @@ from data.shards import DatasetWriter, check_free
 
 __all__ = ["read_documents", "shard_text"]
 
+CHARACTERS = "characters"
+"""Stands for a tokenizer of single characters where a path would name another."""
 SAMPLE_BYTES = 2**25
 """Most text that a tokenizer is trained on (32 MiB); merges change little beyond that."""
 _BATCH_CHARACTERS = 2**20
@@ -42,7 +44,8 @@ def shard_text(
 ) -> dict[str, Any]:
     """Tokenise text into the dataset `out`, with a `validation` share of the documents in `out/validation`.
 
-    Trains a tokenizer of `vocab_size` on a bounded sample of the documents, or takes the one at `tokenizer`.
+    Trains a tokenizer of `vocab_size` on a bounded sample of the documents, or takes the one at `tokenizer`;
+    `tokenizer="characters"` makes every character of the documents a token.
     Each document becomes `<|bos|> tokens <|eos|>`; a hash of its text decides its side, so equal documents
     stay together (and those equal to the first one always train). Memory holds one shard's open block, one
     batch of texts and one document at a time. `out` appears only when all of it is written.
@@ -58,7 +61,9 @@ def shard_text(
     _check(validation, tokens_per_shard, block_tokens)
     check_free(out, overwrite)
     source_bytes = sum(path.stat().st_size for path in find_text(sources))
-    if tokenizer is not None:
+    if tokenizer == CHARACTERS:
+        encoder = tokenizers_room.train_characters(read_documents(sources, document, field))
+    elif tokenizer is not None:
         encoder = tokenizers_room.load(tokenizer)
     else:
         with tqdm(total=source_bytes, **_bar("training the tokenizer", progress)) as bar:

@@ -7,6 +7,7 @@ tokens, the promise that *text* can never spell one of them, and the number of b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ _SPELLINGS = {
     "mask": (MASK, "[MASK]", "<mask>"),
 }
 """Ours, then those of tokenizers made elsewhere for models of this kind."""
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 MINIMUM_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 """Every byte and every special token has an id of its own."""
 
@@ -54,6 +56,23 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def train_characters(texts: Iterable[str]) -> Tokenizer:
+    """A token for every character that occurs in `texts`, in order of their code points.
+
+    Characters that do not occur are spelled by tokens for their bytes, so nothing is lost on other texts.
+    """
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    names = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(characters)]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -103,15 +122,20 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def token_bytes(tokenizer: Tokenizer) -> NDArray[np.int64]:
     """UTF-8 bytes that each id stands for, int64 (vocabulary,); 0 for special tokens.
 
-    Exact for byte-level vocabularies, where each character of a token's name is one byte: the bytes of a
-    text's ids sum to the bytes of the text. Raises `UserError` for any other kind of tokenizer.
+    Exact for byte-level vocabularies, where each character of a token's name is one byte, and for those of
+    characters: the bytes of a text's ids sum to the bytes of the text. Raises `UserError` for any other kind of
+    tokenizer.
     """
     described = json.loads(tokenizer.to_str())
-    if "ByteLevel" not in json.dumps([described["pre_tokenizer"], described["decoder"]]):
+    fallback = bool(described["model"].get("byte_fallback")) and not described["model"]["merges"]
+    if not fallback and "ByteLevel" not in json.dumps([described["pre_tokenizer"], described["decoder"]]):
         raise UserError("bytes per token are only known for byte-level tokenizers; train or load a byte-level one")
     counts = np.zeros(1 + max(tokenizer.get_vocab(with_added_tokens=True).values()), dtype=np.int64)
     for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
-        counts[index] = len(token)
+        if fallback:
+            counts[index] = 1 if _BYTE.fullmatch(token) else len(token.encode())
+        else:
+            counts[index] = len(token)
     for index, added in tokenizer.get_added_tokens_decoder().items():
         counts[index] = 0 if added.special else len(added.content.encode())
     return counts

@@ -107,7 +107,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     text.add_argument("source", nargs="+", type=Path, help="files and folders")
     text.add_argument("out", type=Path, help="folder to make")
     text.add_argument("--vocab-size", type=int, default=8192, help="of the BPE that is trained (default: 8192)")
-    text.add_argument("--tokenizer", type=Path, help="tokenizer.json to use instead of training one")
+    text.add_argument("--tokenizer", help="tokenizer.json, or the word `characters`, instead of training one")
     text.add_argument("--document", choices=["file", "line", "paragraph"], default="file", help="what is a document")
     text.add_argument("--field", default="text", help="JSONL field that holds the text (default: text)")
     text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")

@@ -99,9 +99,14 @@ def test_one_document_needs_no_numbers(encoder: TextEncoder, tokens: Tensor, cau
 
 @pytest.mark.parametrize(("causal", "seen"), [(True, range(9, 13)), (False, range(8, 17))])
 def test_a_local_layer_sees_its_window(causal: bool, seen: range) -> None:
-    sight = build(SHAPES["local"])._sight(torch.zeros(1, 24, dtype=torch.long), None, causal, local=True)
-    assert sight.mask is not None
-    assert sight.mask[0, 0, 12].nonzero().flatten().tolist() == list(seen)
+    encoder, leaves = build(SHAPES["local"].model_copy(update={"depth": 2, "global_every": 2})), []
+    # The first layer is global: cut its attention off, so that only the second, local one moves anything.
+    torch.nn.init.zeros_(encoder.layers[0].attn.Wo.weight)
+    encoder.embeddings.register_forward_hook(
+        lambda _m, _i, out: leaves.append(out.detach().requires_grad_()) or leaves[-1]
+    )
+    encoder(torch.zeros(1, 24, dtype=torch.long), None, causal)[0, 12].sum().backward()
+    assert leaves[0].grad[0].abs().sum(-1).nonzero().flatten().tolist() == list(seen)
 
 
 def test_parameter_names_are_modernberts() -> None:

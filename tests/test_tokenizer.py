@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data.errors import UserError
-from data.tokenizer import SPECIAL_TOKENS, load, special_ids, token_bytes, train
+from data.tokenizer import SPECIAL_TOKENS, load, special_ids, token_bytes, train, train_characters
 
 CORPUS = [Path(__file__).read_text(), "naïve façade, Übergröße, 東京 🚂 — " * 20]
 TOKENIZER = train(CORPUS, 600)
@@ -78,3 +78,16 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path: Path) -> No
     described.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match=r"lacks <\|mask\|>"):
         load(tmp_path)
+
+
+def test_characters_are_tokens_and_nothing_is_lost() -> None:
+    tokenizer = train_characters(["to be, or not", "naïve 東京\n"])
+    assert tokenizer.get_vocab_size() == 7 + 256 + len(set("to be, or notnaïve 東京\n"))
+    known = tokenizer.encode("東to", add_special_tokens=False)
+    assert known.tokens == ["東", "t", "o"]
+    lengths = token_bytes(tokenizer)
+    for text in ("not to be", "naïve 東京\n", "quite 🚂 <|eos|> <0x41> Ünknown\t"):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+        assert lengths[ids].sum() == len(text.encode())
+        assert not set(ids) & set(range(7))

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.encoders.attention import Rows, Sight, sight
+
 
 class TextConfig(BaseModel):
     """Shape of a `TextEncoder`."""
@@ -58,15 +60,14 @@ class TextConfig(BaseModel):
         return layer % self.global_every != 0
 
 
-class _Sight(NamedTuple):
-    """What attention needs to know about a row, made once a forward pass for each kind of layer."""
+class View(NamedTuple):
+    """What the layers of one kind need to know about a batch, made once a forward pass."""
 
     cos: Tensor
+    """Of rotary angles, float32 (b or 1, n, 1, head_width / 2)."""
     sin: Tensor
-    mask: Tensor | None
-    """bool (b or 1, 1, n, n), True where a query (row) may see a key (column)."""
-    causal: bool
-    """Use the kernel's own causal mask; only without `mask`."""
+    sight: Sight
+    """Attends."""
 
 
 def positions(documents: Tensor) -> Tensor:
@@ -81,14 +82,14 @@ def positions(documents: Tensor) -> Tensor:
 
 
 def rotary(position: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (b, 1, n, head_width / 2), float32, for positions (b, n)."""
+    """Cosines and sines (b, n, 1, head_width / 2), float32, for positions (b, n)."""
     exponents = torch.arange(0, head_width, 2, device=position.device, dtype=torch.float32) / head_width
-    angles = rearrange(position, "b n -> b 1 n 1").float() * (1.0 / theta**exponents)
+    angles = rearrange(position, "b n -> b n 1 1").float() * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head's vector against each other, (b, h, n, d); float32 inside."""
+    """Rotate the two halves of each head's vector against each other, (b, n, h, d); float32 inside."""
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -102,11 +103,12 @@ class Attention(nn.Module):
         self.Wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.Wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, sight: _Sight) -> Tensor:
-        q, k, v = rearrange(self.Wqkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        q, k = rotate(q, sight.cos, sight.sin), rotate(k, sight.cos, sight.sin)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sight.mask, is_causal=sight.causal)
-        return self.Wo(rearrange(out, "b h n d -> b n (h d)"))
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        qk, v = self.Wqkv(x).split([2 * x.shape[2], x.shape[2]], dim=-1)
+        qk = rotate(rearrange(qk, "b n (two h d) -> b n (two h) d", two=2, h=self.heads), view.cos, view.sin)
+        q, k = qk.chunk(2, dim=2)
+        out = view.sight(q, k, rearrange(v, "b n (h d) -> b n h d", h=self.heads))
+        return self.Wo(rearrange(out, "b n h d -> b n (h d)"))
 
 
 class MLP(nn.Module):
@@ -132,8 +134,8 @@ class Layer(nn.Module):
         self.mlp_norm = norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, sight: _Sight) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), sight)
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), view)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -169,32 +171,28 @@ class TextEncoder(nn.Module):
         token sees another document, and positions restart with each. Without it a row is one document.
         `causal` hides later tokens.
         """
-        near = self._sight(tokens, documents, causal, local=True) if self.config.global_every > 1 else None
-        far = self._sight(tokens, documents, causal, local=False)
+        far = self._view(tokens, documents, causal, local=False)
+        near = self._view(tokens, documents, causal, local=True) if self.config.global_every > 1 else far
         x = self.embeddings(tokens)
         for number, layer in enumerate(self.layers):
             x = layer(x, near if self.config.is_local(number) else far)
         return self.final_norm(x)
 
-    def _sight(self, tokens: Tensor, documents: Tensor | None, causal: bool, local: bool) -> _Sight:
-        config, n = self.config, tokens.shape[1]
-        index = torch.arange(n, device=tokens.device)
+    def _view(self, tokens: Tensor, documents: Tensor | None, causal: bool, local: bool) -> View:
+        config, (b, n) = self.config, tokens.shape
         theta = (config.local_rope_theta if local else None) or config.rope_theta
-        position = index[None] if documents is None else positions(documents)
+        position = torch.arange(n, device=tokens.device)[None] if documents is None else positions(documents)
         cos, sin = rotary(position, config.width // config.heads, theta)
         # The windows of transformers' models: |i - j| <= half for the encoder, i - j < half for the decoder.
-        reach = config.local_attention // 2 - (1 if causal else 0)
-        windowed = local and reach < n - 1
-        if documents is None and not windowed:
-            return _Sight(cos, sin, None, causal)
-        distance = index[:, None] - index[None, :]
-        visible = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        if windowed:
-            visible = visible & (distance.abs() <= reach)
-        mask = rearrange(visible, "n m -> 1 1 n m")
-        if documents is not None:
-            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-        return _Sight(cos, sin, mask, False)
+        reach = config.local_attention // 2 - (1 if causal else 0) if local else None
+        rows = Rows(b, n, documents, causal, reach, self._dtype(), tokens.device)
+        return View(cos, sin, sight(rows))
+
+    def _dtype(self) -> torch.dtype:
+        """Of what matrix products yield here."""
+        weight = self.final_norm.weight
+        automatic = not weight.is_meta and torch.is_autocast_enabled(weight.device.type)
+        return torch.get_autocast_dtype(weight.device.type) if automatic else weight.dtype
 
 
 def norm(config: TextConfig) -> nn.LayerNorm:

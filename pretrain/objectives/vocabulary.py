@@ -120,7 +120,10 @@ class _TokenLoss(torch.autograd.Function):
                 grad_bias += slope.sum(dim=0)
                 slope = slope.to(product)
                 grad_hidden[rows] = torch.mm(slope, compact)
-                grad_weight += torch.mm(slope.T, part)
+                if product == torch.float32:
+                    grad_weight.addmm_(slope.T, part)
+                else:
+                    grad_weight += torch.mm(slope.T, part)
         if with_grad:
             ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
         loss, correct, z = (part.clone() for part in sums)
