@@ -9,17 +9,14 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from data.errors import UserError
-from data.files import sha256, sync, write_atomically
-from data.index import ShardIndex, checksum, join_keys
-from data.tar import BLOCK
+from data.files import sync, write_atomically
+from data.shard_file import ShardFile
 
 MANIFEST = "dataset.json"
 FORMAT = 1
@@ -53,9 +50,8 @@ class DatasetWriter:
         self.extra: dict[str, Any] = {}
         self.folder = out.parent / f".{out.name}.{_HOST}.{os.getpid()}.partial"
         self._shards: list[dict[str, Any]] = []
-        self._samples: list[tuple[str, dict[str, tuple[int, int, int]], int]] = []
         self._seen: set[bytes] = set()
-        self._tar: Any = None
+        self._shard: ShardFile | None = None
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             _remove_leftovers(out)
@@ -74,51 +70,22 @@ class DatasetWriter:
             self._append(key, parts, label)
 
     def _append(self, key: str, parts: dict[str, bytes], label: int) -> None:
-        if self._tar is None:
-            self._open_shard()
-        places = {}
-        for extension in sorted(parts):
-            payload = parts[extension]
-            self._tar.write({"__key__": key, extension: payload})
-            # The payload is padded to whole blocks; what precedes it (one header, more for long names) varies.
-            padded = -(-len(payload) // BLOCK) * BLOCK
-            places[extension] = (self._tar.tarstream.offset - padded, len(payload), checksum(payload))
-        self._samples.append((key, places, label))
-        if len(self._samples) >= self.samples_per_shard:
+        if self._shard is None:
+            self._shard = ShardFile(self.folder / shard_name(len(self._shards)))
+        self._shard.add(key, parts, label)
+        if len(self._shard) >= self.samples_per_shard:
             self.close_shard()
+
+    def adopt(self, entries: list[dict[str, Any]]) -> None:
+        """Take in shards that others wrote into `folder`, by their entries."""
+        self._shards += entries
 
     def close_shard(self, **facts: Any) -> None:
         """End the current shard, noting `facts` in its manifest entry; nothing if it is empty."""
-        if self._tar is not None:
+        if self._shard is not None:
             with self._writing():
-                self._close_shard(facts)
-
-    def _close_shard(self, facts: dict[str, Any]) -> None:
-        self._tar.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        path, samples = self._path, self._samples
-        parts = sorted({extension for _, places, _ in samples for extension in places})
-        table = np.array([[places.get(p, (0, -1, 0)) for p in parts] for _, places, _ in samples], dtype=np.int64)
-        ShardIndex(
-            parts=parts,
-            offsets=table[:, :, 0],
-            sizes=table[:, :, 1],
-            labels=np.array([label for _, _, label in samples], dtype=np.int64),
-            checksums=table[:, :, 2].astype(np.uint32),
-            names=join_keys(key for key, _, _ in samples),
-            tar_bytes=path.stat().st_size,
-        ).save(path.with_suffix(".index"))
-        entry = {
-            "name": path.name,
-            "samples": len(samples),
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-            "index_sha256": sha256(path.with_suffix(".index")),
-        }
-        self._shards.append(entry | facts)
-        self._samples, self._tar = [], None
+                self._shards.append(self._shard.close(**facts))
+                self._shard = None
 
     def copy_file(self, name: str, payload: bytes) -> None:
         """Put a side file, such as a tokenizer, into the dataset's folder."""
@@ -141,11 +108,8 @@ class DatasetWriter:
         self.close_shard()
         if not self._shards:
             raise UserError(f"nothing to write to {self.out}: no usable sample was found")
-        about = {"kind": self.kind} | self.extra
-        manifest = {"format": FORMAT, "fingerprint": fingerprint(self._shards, about)} | about
-        text = json.dumps(manifest | {"shards": self._shards}, indent=1, ensure_ascii=False)
         with self._writing():
-            write_atomically(self.folder / MANIFEST, text)
+            write_manifest(self.folder, self.kind, self.extra, self._shards)
             old = self.folder.with_suffix(".old")
             if self.out.exists():
                 os.replace(self.out, old)
@@ -170,12 +134,9 @@ class DatasetWriter:
 
     def _drop(self) -> None:
         """Forget the open shard and the hidden folder."""
-        if self._tar is not None:
-            with suppress(OSError):
-                self._tar.close()
-            with suppress(OSError):
-                self._stream.close()
-            self._tar = None
+        if self._shard is not None:
+            self._shard.abandon()
+            self._shard = None
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _claim(self, key: str) -> None:
@@ -186,13 +147,17 @@ class DatasetWriter:
             raise ValueError(f"key {key!r} was added twice")
         self._seen.add(short)
 
-    def _open_shard(self) -> None:
-        from webdataset import TarWriter
 
-        self._path = self.folder / f"shard-{len(self._shards):06d}.tar"
-        self._stream = open(self._path, "w+b")  # noqa: SIM115 - closed by close_shard
-        # mtime=0: a float would add a pax header of 1 KiB to every member, and today's date to the bytes.
-        self._tar = TarWriter(self._stream, encoder=False, mtime=0, user="", group="", mode=0o644)
+def shard_name(number: int) -> str:
+    """The file name of a dataset's shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def write_manifest(folder: Path, kind: str, about: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Make the shards in `folder` a dataset; `about` are the fields that say what it is (see `fingerprint`)."""
+    facts = {"kind": kind} | about
+    manifest = {"format": FORMAT, "fingerprint": fingerprint(shards, facts)} | facts | {"shards": shards}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 
 def check_free(out: Path, overwrite: bool) -> None:
