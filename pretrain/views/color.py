@@ -42,10 +42,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
         (green - blue) * inverse,
         torch.where(top == green, 2.0 + (blue - red) * inverse, 4.0 + (red - green) * inverse),
     )
-    turned = sixths[:, None] + 6.0 * shift[:, None, None, None]
+    turned = sixths + 6.0 * shift[:, None, None]
+    place = (turned - 6.0 * torch.floor(turned * (1.0 / 6.0)))[:, None]
     # Each channel is the value, less chroma times a trapezoid over the circle (Smith 1978, in closed form).
-    phase = turned + torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
-    phase = phase - 6.0 * torch.floor(phase / 6.0)
+    phase = place + torch.tensor([5.0, 3.0, 1.0], device=images.device)[:, None, None]
+    phase = torch.where(phase >= 6.0, phase - 6.0, phase)
     fall = torch.minimum(phase, 4.0 - phase).clamp(0.0, 1.0)
     return torch.where(shift[:, None, None, None] == 0, images, top[:, None] - chroma[:, None] * fall)
 

@@ -1,3 +1,4 @@
+# FROM THE LEAD, READ FIRST: LEAD_NOTE.txt in the root of this clone (no compiled C: remove render.c and native.py).
 """Views on a CPU, picture by picture: torch's resize of bytes, then one pass of compiled code.
 
 A picture that stays in the cache from crop to normalisation is many times cheaper than a batch that goes
@@ -22,8 +23,6 @@ from pretrain.views.native import library
 
 LARGE = 64
 """Canvases with a longer side are cropped picture by picture on a CPU; smaller ones by matrix products."""
-
-_ONE = ctypes.c_int64(1)
 
 
 def large(images: Tensor) -> bool:
@@ -90,7 +89,7 @@ def _views_each(
     render = native.headwater_render
     views, count = jitter.shape[:2]
     cropped = images.dtype == torch.float32
-    out = torch.empty(views, count, 3, side, side)
+    out = images.contiguous().clone() if cropped else torch.empty(views, count, 3, side, side)
     jitter, weights, marks = jitter.contiguous(), weights.contiguous(), flags.to(torch.uint8).contiguous()
     constants, reach = torch.tensor([mean, std]), weights.shape[-1] - 1
     corners = [] if cropped else boxes.tolist()
@@ -100,17 +99,13 @@ def _views_each(
     def some(start: int, stop: int) -> None:
         scratch = torch.empty(side * side + side + 2 * reach)
         rows = torch.empty(2 * reach + 1, dtype=torch.int64)
-        rest = [ctypes.c_void_p(t.data_ptr()) for t in (constants[0], constants[1], scratch, rows)]
+        rest = [t.data_ptr() for t in (constants[0], constants[1], scratch, rows)]
         for n in range(start, stop):
             for view in range(views):
-                if cropped:
-                    out[view, n] = images[view, n]
-                    pixels = None
-                else:
-                    pixels = _resized(images[n], corners[view][n], side, interpolation)
-                source = ctypes.c_void_p(None if pixels is None else pixels.data_ptr())
-                target, *values = (ctypes.c_void_p(first + size * (view * count + n)) for first, size in own)
-                render(source, target, _ONE, ctypes.c_int64(side), *values, ctypes.c_int64(reach), *rest)
+                pixels = None if cropped else _resized(images[n], corners[view][n], side, interpolation)
+                place = view * count + n
+                target, *values = [first + size * place for first, size in own]
+                render(None if pixels is None else pixels.data_ptr(), target, 1, side, *values, reach, *rest)
 
     _shared_out(count, some)
     return out
@@ -166,12 +161,7 @@ def _resized(image: Tensor, box: list[int], side: int, interpolation: str) -> Te
         cut = image[:, top : top + height, left : left + width][None].contiguous(memory_format=torch.channels_last)
     else:
         pixels = torch.empty(1, height, width, 3, dtype=torch.uint8)
-        native.headwater_cut(
-            ctypes.c_void_p(image.data_ptr()),
-            *(ctypes.c_int64(stride) for stride in image.stride()),
-            (ctypes.c_int64 * 4)(*box),
-            ctypes.c_void_p(pixels.data_ptr()),
-        )
+        native.headwater_cut(image.data_ptr(), *image.stride(), (ctypes.c_int64 * 4)(*box), pixels.data_ptr())
         cut = pixels.permute(0, 3, 1, 2)
     if (height, width) == (side, side):
         return cut[0]

@@ -1,3 +1,4 @@
+# FROM THE LEAD, READ FIRST: LEAD_NOTE.txt in the root of this clone (no compiled C: remove render.c and native.py).
 """The compiled part of making views on a CPU: `render.c`, built once and kept in the user's cache.
 
 Where there is no C compiler (or `HEADWATER_NATIVE=0` is set), `library()` is None and the same operations run
@@ -21,8 +22,15 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_name("render.c")
-# No contraction: a product and a sum stay two roundings, so that vector code and its remainder agree.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+# No contraction: a product and a sum stay two roundings, so that vector code and its remainder agree. Pixels are
+# finite, and the sign of a zero says nothing: minima and maxima become single instructions.
+_EXACT = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only")
+_FLAGS = ("-O3", "-march=native", *_EXACT, "-shared", "-fPIC")
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "headwater_render": [_POINTER] * 2 + [_NUMBER] * 2 + [_POINTER] * 3 + [_NUMBER] + [_POINTER] * 4,
+    "headwater_cut": [_POINTER] + [_NUMBER] * 3 + [_POINTER] * 2,
+}
 
 
 @cache
@@ -32,9 +40,13 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         path = _built()
-        return None if path is None else ctypes.CDLL(str(path))
+        found = None if path is None else ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None
+    for name, arguments in _ARGUMENTS.items() if found is not None else ():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
 
 
 @torch.compiler.assume_constant_result

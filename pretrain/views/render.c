@@ -67,10 +67,10 @@ static float brighten(float *image, int64_t plane, float factor) {
     return (float)(total / (double)plane);
 }
 
-/* One channel of a colour whose circle is turned: see adjust_hue in color.py. */
-static inline float channel(float turned, float offset, float top, float chroma) {
-    float phase = turned + offset;
-    phase = phase - 6.0f * floorf(phase / 6.0f);
+/* One channel of a colour at `place` on the colour circle, in [0, 6): see adjust_hue in color.py. */
+static inline float channel(float place, float offset, float top, float chroma) {
+    float phase = place + offset;
+    phase = phase >= 6.0f ? phase - 6.0f : phase;
     const float fall = phase < 4.0f - phase ? phase : 4.0f - phase;
     return top - chroma * unit(fall);
 }
@@ -90,9 +90,10 @@ static void jitter(float *image, int64_t plane, const Parameters *p) {
         const float on_green = 2.0f + (blue - red) * inverse, on_blue = 4.0f + (red - green) * inverse;
         const float elsewhere = top == green ? on_green : on_blue;
         const float turned = (top == red ? (green - blue) * inverse : elsewhere) + shift;
-        const float new_red = channel(turned, 5.0f, top, chroma);
-        const float new_green = channel(turned, 3.0f, top, chroma);
-        const float new_blue = channel(turned, 1.0f, top, chroma);
+        const float place = turned - 6.0f * floorf(turned * (1.0f / 6.0f));
+        const float new_red = channel(place, 5.0f, top, chroma);
+        const float new_green = channel(place, 3.0f, top, chroma);
+        const float new_blue = channel(place, 1.0f, top, chroma);
         r[i] = turn ? new_red : red, g[i] = turn ? new_green : green, b[i] = turn ? new_blue : blue;
     }
 }
@@ -109,15 +110,45 @@ static inline int64_t reflect(int64_t i, int64_t length) {
     return i < length ? i : period - i;
 }
 
-/* sum[x] += weight * (low[x] + high[x]) */
-static inline void add(float *restrict sum, const float *low, const float *high, float weight, int64_t length) {
-    for (int64_t x = 0; x < length; x++) sum[x] += weight * (low[x] + high[x]);
+/* Sixteen numbers at any address; compilers without registers of that width use several. */
+typedef float lanes __attribute__((vector_size(64)));
+
+static inline lanes load(const float *from) {
+    lanes value;
+    memcpy(&value, from, sizeof value);
+    return value;
 }
 
-/* out[x] = sum of weights[k] * (rows[-k][x] + rows[k][x]) over distances k; `rows` points at the middle one. */
+static inline void store(float *to, lanes value) { memcpy(to, &value, sizeof value); }
+
+/* out[x] = sum of weights[k] * (rows[-k][x] + rows[k][x]) over distances k; `rows` points at the middle one.
+ * Sums stay in registers; each is added up in the same order, whichever loop it falls into. */
 static void weigh(const float *const *rows, const Parameters *p, int64_t length, float *restrict out) {
-    for (int64_t x = 0; x < length; x++) out[x] = p->weights[0] * rows[0][x];
-    for (int64_t k = 1; k <= p->radius; k++) add(out, rows[-k], rows[k], p->weights[k], length);
+    const float *w = p->weights;
+    const int64_t radius = p->radius;
+    int64_t x = 0;
+    for (; x + 64 <= length; x += 64) {
+        const float *at = rows[0] + x;
+        lanes a = w[0] * load(at), b = w[0] * load(at + 16), c = w[0] * load(at + 32), d = w[0] * load(at + 48);
+        for (int64_t k = 1; k <= radius; k++) {
+            const float *low = rows[-k] + x, *high = rows[k] + x;
+            a += w[k] * (load(low) + load(high));
+            b += w[k] * (load(low + 16) + load(high + 16));
+            c += w[k] * (load(low + 32) + load(high + 32));
+            d += w[k] * (load(low + 48) + load(high + 48));
+        }
+        store(out + x, a), store(out + x + 16, b), store(out + x + 32, c), store(out + x + 48, d);
+    }
+    for (; x + 16 <= length; x += 16) {
+        lanes a = w[0] * load(rows[0] + x);
+        for (int64_t k = 1; k <= radius; k++) a += w[k] * (load(rows[-k] + x) + load(rows[k] + x));
+        store(out + x, a);
+    }
+    for (; x < length; x++) {
+        float sum = w[0] * rows[0][x];
+        for (int64_t k = 1; k <= radius; k++) sum += w[k] * (rows[-k][x] + rows[k][x]);
+        out[x] = sum;
+    }
 }
 
 /* `line` has room for side + 2 * radius numbers, `rows` for 2 * radius + 1 pointers. */
