@@ -16,6 +16,7 @@ from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.encoders.vision import VisionConfig, build_vision
 from pretrain.objectives.pictures import PICTURES
 from pretrain.objectives.protocol import Objective
+from pretrain.objectives.supervised import SupervisedConfig, resolve_classes
 from pretrain.objectives.texts import TEXTS
 from pretrain.recipe import Recipe
 
@@ -73,11 +74,16 @@ def open_data(recipe: Recipe) -> Datasets:
 
 
 def resolve(recipe: Recipe, data: Datasets) -> Recipe:
-    """The recipe with what only the data can tell: the size of the vocabulary, where it was left open.
+    """The recipe with what only the data can tell, where it was left open: the size of the vocabulary, the classes.
 
     Raises:
-        UserError: the tokenizer of the data has more ids than the encoder has embeddings.
+        UserError: the tokenizer of the data has more ids than the encoder has embeddings; labels are wanted, and
+            there are none or too many.
     """
+    if isinstance(recipe.objective, SupervisedConfig):
+        labels, train = data.train.labels(), data.train
+        found = resolve_classes(recipe.objective, len(train.classes or ()), int(labels.max()), str(train.folder))
+        return recipe.model_copy(update={"objective": found})
     if not isinstance(recipe.encoder, TextConfig):
         return recipe
     known, given = data.train.manifest["vocab_size"], recipe.encoder.vocab_size

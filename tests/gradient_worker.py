@@ -13,10 +13,9 @@ from torch import Tensor
 
 from data.batch import ImageBatch, TextBatch
 from pretrain.gradient import global_gradient
-from pretrain.objectives.masked_image import MaskedAutoencoder
 from pretrain.objectives.masked_language import MaskedLanguage
 from pretrain.objectives.next_token import NextToken
-from pretrain.objectives.protocol import JointObjective, Objective
+from pretrain.objectives.protocol import Objective
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import load_recipe
 from pretrain.setup import prepare
@@ -68,11 +67,10 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
 
 def drawn(objective: Objective, batch: ImageBatch) -> list[Tensor]:
     """What the objective makes of a batch's keys, sample by sample."""
-    if isinstance(objective, JointObjective):
-        found = objective.view(batch)
-        return [x.transpose(0, 1) if x.ndim == 5 else x for _, x in sorted(found.items())]
-    assert isinstance(objective, MaskedAutoencoder)
-    return [objective.view(batch)]
+    found = objective.view(batch)  # type: ignore[operator]
+    if isinstance(found, torch.Tensor):
+        return [found]
+    return [x.transpose(0, 1) if x.ndim == 5 else x for _, x in sorted(found.items())]
 
 
 def text_targets(objective: torch.nn.Module, batch: TextBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,11 +50,28 @@ _CROPS = {
     "hidden_width": 16,
 }
 _DINO = _CROPS | {"bottleneck_width": 8, "prototypes": 12, "momentum": 0.9, "frozen_prototypes": 0.1}
+_ONE: dict[str, Any] = {"views": [{"scale": [0.5, 1.0], "jitter": None, "grey": 0.0, "blur": None}]}
 PICTURES: dict[str, dict[str, Any]] = {
     "simclr": _TWO_VIEWS | {"name": "simclr", "projection_width": 8, "temperature": 0.5},
     "moco": _TWO_VIEWS | {"name": "moco", "projection_width": 8, "momentum": 0.9, "queue": 24},
     "byol": _TWO_VIEWS | {"name": "byol", "projection_width": 8, "momentum": 0.9},
     "barlow_twins": _TWO_VIEWS | {"name": "barlow_twins", "projection_width": 8},
+    "lejepa": _CROPS | {"name": "lejepa", "projection_width": 6, "slices": 20},
+    "simmim": _ONE | {"name": "simmim", "mask_size": 4},
+    "ijepa": _ONE
+    | {"name": "ijepa", "predictor_width": 16, "predictor_depth": 1, "predictor_heads": 2, "momentum": 0.9},
+    "supervised": _ONE | {"name": "supervised", "classes": 10, "mix": {}},
+    "mixture": {
+        "name": "mixture",
+        "weights": {"contrast": 0.5},
+        "export": "teacher",
+        "members": {
+            "teacher": _DINO | {"name": "dino", "koleo_weight": 0.1},
+            "contrast": _TWO_VIEWS | {"name": "simclr", "projection_width": 8, "temperature": 0.5},
+            "pixels": MAE["objective"],
+            "latents": _DINO | {"name": "ibot"},
+        },
+    },
     "dino": _DINO | {"name": "dino"},
     "ibot": _DINO | {"name": "ibot", "mask_probability": 0.8},
     "dinov2": _DINO | {"name": "dinov2"},

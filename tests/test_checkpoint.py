@@ -113,7 +113,7 @@ def test_other_data_are_refused_with_the_difference(digits: Path, tmp_path: Path
     other = prepare(recipe("mae", digits / "test", {"train.ema": 0.9}), tmp_path).data.facts
     with pytest.raises(UserError, match=f"other data .*data.train.samples: {now['samples']} -> {other['samples']}"):
         setup.state.restore(path, setup.recipe, other)
-    with pytest.raises(UserError, match="data.train.fingerprint: "):
+    with pytest.raises(UserError, match=r"data\.train\.fingerprint: "):
         setup.state.restore(path, setup.recipe, now | {"fingerprint": "0"})
     setup.state.restore(path, setup.recipe, now)
 

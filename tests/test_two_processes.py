@@ -53,7 +53,7 @@ def two(digits: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("two")
     paths, names = [], []
     for case in CASES:
-        for microbatch in (None, 3):
+        for microbatch in (None, 2):
             names.append(f"{case}/{microbatch}")
             path = folder / f"{len(names)}.yaml"
             data = data_of(case, digits, sentences)
@@ -75,7 +75,7 @@ def two(digits: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory)
     return {name: [both[0][place], both[1][place]] for place, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("microbatch", [None, 3])
+@pytest.mark.parametrize("microbatch", [None, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_make_the_joined_batch_s_gradient(
     case: str,
@@ -113,7 +113,7 @@ def test_microbatches_make_the_joined_batch_s_gradient(
 ) -> None:
     data = data_of(case, digits, sentences)
     joined = observe(recipe(objective(case), data, settings(case, None)), tmp_path)
-    for microbatch in (1, 4):
+    for microbatch in (2 if case == "supervised" else 1, 4):  # mixing pairs neighbours
         split = observe(recipe(objective(case), data, settings(case, microbatch)), tmp_path)
         assert (split["ids"], split["views"]) == (joined["ids"], joined["views"])
         assert_gradients_close(split, joined)

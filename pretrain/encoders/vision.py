@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
 from timm import create_model, is_model, list_models
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ def timm_arguments(config: VisionConfig) -> dict[str, Any]:
     if is_vision_transformer(config.model):
         # With mean pooling timm moves the final norm behind the pooling; fc_norm=False keeps it in front.
         arguments |= {"img_size": config.image_size, "global_pool": config.pool, "fc_norm": False}
+    elif getattr(get_pretrained_cfg(config.model), "fixed_input_size", False):  # Swin and its like
+        arguments.setdefault("img_size", config.image_size)
     return arguments
 
 
