@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -77,15 +78,15 @@ class TrainingState:
         """
         saved = checkpoint.read_state(path)
         check_same(path, saved, recipe, data)
-        for kind, module in self._modules().items():
-            try:
-                _load_module(
-                    module, checkpoint.read_tensors(path, kind), checkpoint.read_tensors(path, f"{kind}_buffers")
-                )
-            except (ValueError, RuntimeError) as error:
-                first = " ".join(str(error).split())[:200]
-                raise UserError(f"{path} does not fit this version's model ({first}); start anew") from None
-        load_optimizer(self.optimizer, self.objective, checkpoint.read_tensors(path, "optimizer"), saved["groups"])
+        try:
+            for kind, module in self._modules().items():
+                buffers = checkpoint.read_tensors(path, f"{kind}_buffers")
+                _load_module(module, checkpoint.read_tensors(path, kind), buffers)
+            stored = checkpoint.read_tensors(path, "optimizer")
+            load_optimizer(self.optimizer, self.objective, stored, saved["groups"])
+        except (ValueError, RuntimeError, SafetensorError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} does not fit this version's model ({first}); start anew") from None
         if self.scaler is not None and saved["scaler"]:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.position, self.skipped = saved["step"], saved["position"], saved["skipped"]
