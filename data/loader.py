@@ -86,7 +86,7 @@ class Loader:
             raise UserError("images need a canvas: the side, in pixels, of the square they are decoded onto")
         if decode is None and canvas is not None:
             decode = CanvasDecoder(canvas)
-        self._loader = _torch_loader(dataset, self._requests, workers, decode, pin_memory)
+        self._loader: Iterable[Any] = _torch_loader(dataset, self._requests, workers, decode, pin_memory)
 
     @property
     def microbatch(self) -> int:

@@ -34,6 +34,8 @@ class DataConfig(BaseModel):
     shards. Part of what the order is, so it stays what it was when a run goes on with other nodes."""
     shuffle_samples: int = Field(default=BLOCK_SAMPLES, ge=1)
     """Samples that are mixed at least; fewer need fewer shards at hand at a time (at least 16 are mixed)."""
+    resident: bool = False
+    """Decode all training pictures once and keep them on the device, for sets that fit; the batches stay the same."""
     damaged: int = Field(default=0, ge=0)
     """Damaged samples that a run replaces by others, all processes together, before it stops."""
 
@@ -140,6 +142,7 @@ class Recipe(BaseModel):
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
         del whole["data"]["train"], whole["data"]["workers"], whole["data"]["damaged"]
+        del whole["data"]["resident"]
         for how in ("skips", "microbatch", "shard", "compile", "deterministic"):
             del whole["train"][how]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not

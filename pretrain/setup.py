@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 
 from data.loader import Loader
+from data.resident import Resident, ResidentLoader
 from pretrain.accelerator import make_accelerator, place, wrap
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average
@@ -71,16 +73,18 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
 
 def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loader:
     """This process's share of the recipe's global batches."""
-    return Loader(
-        data.train,
-        recipe.train.batch_size,
-        seed=recipe.seed,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        workers=recipe.data.workers,
-        canvas=recipe.data.canvas,
-        microbatch=recipe.train.microbatch,
-        pin_memory=accelerator.device.type == "cuda",
-        lanes=recipe.data.lanes,
-        shuffle_samples=recipe.data.shuffle_samples,
-    )
+    settings: dict[str, Any] = {
+        "seed": recipe.seed,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "microbatch": recipe.train.microbatch,
+        "lanes": recipe.data.lanes,
+        "shuffle_samples": recipe.data.shuffle_samples,
+    }
+    canvas, workers = recipe.data.canvas, recipe.data.workers
+    if recipe.data.resident:
+        resident = Resident(data.train, canvas, accelerator.device, workers)
+        return ResidentLoader(resident, recipe.train.batch_size, **settings)
+    pin_memory = accelerator.device.type == "cuda"
+    batch_size = recipe.train.batch_size
+    return Loader(data.train, batch_size, workers=workers, canvas=canvas, pin_memory=pin_memory, **settings)
