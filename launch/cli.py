@@ -136,6 +136,9 @@ def _pretrain(sub: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--processes", type=int, default=None, metavar="N", help="processes (default: one for each GPU)"
     )
+    parser.add_argument(
+        "--max-restarts", type=int, default=0, metavar="N", help="times to start again after a crash or hang (0)"
+    )
 
 
 def _export(sub: argparse._SubParsersAction) -> None:

@@ -82,13 +82,18 @@ def pretrain(arguments: argparse.Namespace) -> int:
     from launch.processes import launch, processes_for
 
     count = 1 if arguments.dry_run else processes_for(arguments.processes)
-    if count == 1:
+    if count == 1 and not arguments.max_restarts:
         from pretrain.__main__ import run
 
         return run(arguments)
-    words = [arguments.recipe, *arguments.settings, "--resume", arguments.resume]
-    words += ["--output", str(arguments.output)] if arguments.output else []
-    return launch(count, words)
+    from pathlib import Path
+
+    from pretrain.recipe_file import load_recipe
+
+    # Read here as well: one process says what is wrong with a recipe, before others are started.
+    output = arguments.output or Path("runs") / load_recipe(arguments.recipe, arguments.settings).name
+    words = [arguments.recipe, *arguments.settings, "--resume", arguments.resume, "--output", str(output)]
+    return launch(count, words, output, arguments.max_restarts)
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+from pretrain.preemption import REQUEUE, SIGNALS, Preempted
 
 CONFIGS = Path(__file__).parent / "accelerate"
+GRACE_SECONDS = "120"
+"""Between a signal and the launcher's SIGKILL: for the step at hand and a save (torchrun's default is 30)."""
 
 
 def processes_for(asked: int | None) -> int:
@@ -24,39 +29,58 @@ def processes_for(asked: int | None) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(count: int, arguments: list[str]) -> int:
+def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0) -> int:
     """Run `pretrain ARGUMENTS` in `count` processes; returns the exit status when all have ended.
 
     The same as `accelerate launch`, but that a process which stops with an error stops the others without
-    the launcher's own report: it has said what was wrong, and its exit status is passed on.
+    the launcher's own report: it has said what was wrong, and its exit status is passed on. A run that was
+    told to stop and saved ends with status 75 (see `pretrain.preemption`), as it does in one process.
+
+    Args:
+        run: the run's folder, whose status.json is read at the end.
+        max_restarts: how often all processes are started again after one of them crashed or hung.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    words, environment = launch_words(count, arguments)
+    words, environment = launch_words(count, arguments, max_restarts)
     os.environ.update(environment)
     logging.disable(logging.ERROR)  # the launcher's own accounts of what its workers have said
     try:
         launch_command(launch_command_parser().parse_args(words))
     except SignalException as error:
-        return 128 + int(error.sigval)
+        return REQUEUE if error.sigval in SIGNALS else 128 + int(error.sigval)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if any(each.exitcode == 2 for each in error.failures.values()):
-            return 2
-        if failure.exitcode >= 0:
-            return int(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        print(
-            f"headwater: process {rank} was killed by {name}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 128 - int(failure.exitcode)
-    return 0
+        return _failed(error)
+    return _stopped(run)
 
 
-def launch_words(count: int, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+def _stopped(run: Path) -> int:
+    """The status of a run whose processes all ended well: 75 where it was preempted and wants to go on."""
+    try:
+        said = json.loads((run / "status.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return Preempted(said.get("reason", "")).status if said.get("state") == "preempted" else 0
+
+
+def _failed(error: Any) -> int:
+    """The exit status after torchrun's `ChildFailedError`; names the signal where one has killed a process."""
+    rank, failure = error.get_first_failure()
+    if any(each.exitcode == 2 for each in error.failures.values()):
+        return 2
+    if failure.exitcode >= 0:
+        return int(failure.exitcode)
+    name = signal.Signals(-failure.exitcode).name
+    print(
+        f"headwater: process {rank} was killed by {name}; the same command goes on from the last checkpoint",
+        file=sys.stderr,
+    )
+    return 128 - int(failure.exitcode)
+
+
+def launch_words(count: int, arguments: list[str], max_restarts: int = 0) -> tuple[list[str], dict[str, str]]:
     """The words after `accelerate launch`, and what they need in the environment.
 
     On the CPU accelerate would start a single process; its multi-GPU path with ACCELERATE_USE_CPU set
@@ -69,11 +93,16 @@ def launch_words(count: int, arguments: list[str]) -> tuple[list[str], dict[str,
     if gpu and count > torch.cuda.device_count():
         raise UserError(f"--processes {count}: this machine has {torch.cuda.device_count()} GPUs")
     words = ["--config_file", str(CONFIGS / ("ddp.yaml" if gpu else "cpu.yaml"))]
-    words += ["--num_processes", str(count), "--main_process_port", "0", "-m", "pretrain"]
+    words += ["--num_processes", str(count), "--main_process_port", "0"]
+    words += ["--max_restarts", str(max_restarts), "-m", "pretrain"]
     home = str(Path(__file__).resolve().parent.parent)
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}
     threads = str(max(1, (os.cpu_count() or 1) // count))
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+    # Without this, SIGUSR1 would kill the launcher alone. What time there is to save, the scheduler decides.
+    handled = [*(each.name for each in SIGNALS), "SIGINT", "SIGHUP", "SIGQUIT"]
+    environment["PET_SIGNALS_TO_HANDLE"] = os.environ.get("PET_SIGNALS_TO_HANDLE", ",".join(handled))
+    environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     if not gpu:
         environment["ACCELERATE_USE_CPU"] = "true"
     return words + arguments, environment

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train in this process; returns the exit status."""
+    """Train in this process; returns the exit status: 0, 2 for bad input, 75 when told to stop, 1 for failures."""
+    from pretrain.preemption import Preempted, leave_when_asked
+
+    leave_when_asked()
     from pretrain.accelerator import end_with_launcher
     from pretrain.loop import RunFailed, train
     from pretrain.recipe_file import load_recipe
@@ -36,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 
             print(json.dumps(estimate(recipe), indent=1))
             return 0
-        exported = train(recipe, output, arguments.resume)
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        exported = train(recipe, output, "auto" if again else arguments.resume)
     except UserError as error:
         if main:
             print(f"headwater: {error}", file=sys.stderr)
@@ -50,6 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
         if "RANK" in os.environ and "closed by peer" in str(error):
             return 1
         raise
+    except Preempted as stop:
+        if main:
+            what = "saved; " if stop.agreed else ""
+            print(f"headwater: stopped ({stop.reason}); {what}the same command goes on from there", file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
         if main:
             print("headwater: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

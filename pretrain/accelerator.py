@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from data.errors import UserError
 from pretrain.objectives.protocol import JointObjective
+from pretrain.preemption import elastic, launched
 from pretrain.recipe import Recipe
 from pretrain.sharding import is_sharded, shard
 
@@ -134,14 +135,15 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, extra: dict[str, An
 
 
 def end_with_launcher() -> None:
-    """Ask Linux to kill this process when the launcher that started it dies.
+    """Ask Linux to end this process when the launcher that started it dies.
 
     The launcher puts its workers into sessions of their own, so a SIGKILL to it would leave them training
-    into a folder where the same command is then started again.
+    into a folder where the same command is then started again. `accelerate launch` for a single process
+    dies of a SIGTERM that it does not pass on: then this process gets it in its place.
     """
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+    if sys.platform == "linux" and launched():
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+            ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL if elastic() else signal.SIGTERM)
 
 
 def _flat(tree: dict, prefix: str = "") -> dict[str, int | float | str | bool]:

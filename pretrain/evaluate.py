@@ -76,7 +76,8 @@ def _held_out_loss(setup: Setup, validation: Samples, mine: Ints) -> dict[str, f
     recipe, accelerator, objective = setup.recipe, setup.accelerator, setup.state.objective
     objective.eval()
     totals: dict[str, float] = {"loss": 0.0, "count": 0.0}
-    for batch in sequential(validation, setup.loader.microbatch, canvas=recipe.data.canvas, ids=mine):
+    held_out = sequential(validation, setup.loader.microbatch, canvas=recipe.data.canvas, ids=mine)
+    for batch in setup.preemption.until_asked(held_out):
         output = objective(batch.to(accelerator.device), 1.0)
         values = {"loss": output.loss_sum, "count": output.target_count} | output.metrics
         for name, value in values.items():
@@ -96,7 +97,7 @@ def _bits_per_byte(setup: Setup, objective: NextToken, validation: Samples, mine
     """Of the text itself, whatever its tokens: comparable between vocabularies."""
     lengths = torch.from_numpy(token_bytes(load(validation.folder))).to(setup.accelerator.device)
     sums = torch.zeros(2, dtype=torch.float64)
-    for batch in sequential(validation, setup.loader.microbatch, ids=mine):
+    for batch in setup.preemption.until_asked(sequential(validation, setup.loader.microbatch, ids=mine)):
         sums += byte_sums(objective, batch.to(setup.accelerator.device), lengths).cpu()
     nats, count = (math.fsum(part) for part in zip(*gather_object([sums.tolist()]), strict=True))
     return nats / math.log(2) / max(count, 1.0)

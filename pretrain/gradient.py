@@ -31,6 +31,8 @@ class Sums:
     metrics: dict[str, float]
     waited: float
     """Seconds this process waited for data."""
+    votes: list[float]
+    """Of all processes, to stop; see `pretrain.preemption`."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the global batch for the objective's `after_step`."""
 
@@ -60,11 +62,14 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     gathered = (_cached if cached else _accumulated)(setup, source, progress)
     names = sorted(gathered.metrics)
     values = [gathered.loss_sum, gathered.target_count] + [gathered.metrics[name] for name in names]
-    totals = accelerator.reduce(torch.stack([value.detach().double() for value in values]), reduction="sum")
+    ballot = setup.preemption.votes(accelerator.device)
+    totals = torch.cat([torch.stack([value.detach().double() for value in values]), ballot])
+    totals = accelerator.reduce(totals, reduction="sum")
     statistics = {name: accelerator.reduce(value, reduction="sum") for name, value in gathered.statistics.items()}
     norm = _scale_and_clip(setup, totals[1])
-    loss, count, *metrics, norm_value = torch.cat([totals, norm[None]]).tolist()
-    sums = Sums(loss, count, norm_value, dict(zip(names, metrics, strict=True)), source.waited, statistics)
+    loss, count, *rest, norm_value = torch.cat([totals, norm[None]]).tolist()
+    metrics, votes = dict(zip(names, rest, strict=False)), rest[len(names) :]
+    sums = Sums(loss, count, norm_value, metrics, source.waited, votes, statistics)
     if not sums.finite:
         guard.restore()
     return sums

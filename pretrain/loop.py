@@ -9,22 +9,19 @@ from typing import Any
 
 import torch
 
-from data.errors import UserError
 from data.keyed import hash64
 from pretrain import checkpoint
 from pretrain.accelerator import heard, on_main, start_trackers
-from pretrain.collapse import alarm
-from pretrain.damage import count_damage
 from pretrain.ema import update_average
-from pretrain.evaluate import cadence, evaluate
 from pretrain.export import export, exported_step
 from pretrain.gradient import Sums, global_gradient
 from pretrain.optim import set_rates
-from pretrain.pace import Pace
+from pretrain.preemption import verdict
 from pretrain.progress import ProgressLine
 from pretrain.recipe import Recipe
 from pretrain.run import RunFolder
-from pretrain.saver import Saver, saving
+from pretrain.saver import saving
+from pretrain.session import Session
 from pretrain.setup import Setup, prepare
 from pretrain.whole import whole
 
@@ -48,6 +45,7 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
         UserError: recipe, data or checkpoint do not fit, and nothing was written; or a shard turned out to
             be damaged, or the disk full, on the way.
         RunFailed: too many steps in a row gave numbers that are not finite.
+        Preempted: the run was asked to stop, and what it had done is saved.
     """
     setup = prepare(recipe, folder)
     recipe, accelerator, state = setup.recipe, setup.accelerator, setup.state
@@ -63,9 +61,13 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     on_main(accelerator, lambda: run.begin(recipe, state.step))
     start_trackers(accelerator, recipe, state.extra)
     line.say(_opening(setup, start))
-    with run.watched(state), heard(accelerator), saving(accelerator, run.checkpoints, recipe.watch) as saver:
-        saver.last = start
-        _run(setup, run, line, saver)
+    with (
+        setup.preemption.listening(),
+        run.watched(state),
+        heard(accelerator),
+        saving(accelerator, run.checkpoints, recipe.watch, start) as saver,
+    ):
+        _run(Session(setup, run, line, saver, saved=state.step if start else None))
         final = whole(setup)
         if setup.main:
             export(recipe, final.state, setup.data, run.export)
@@ -73,36 +75,27 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     return run.export
 
 
-def _run(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None:
+def _run(session: Session) -> None:
     """Take all steps that are left, and log, evaluate and save when it is time."""
-    state, watch = setup.state, setup.recipe.watch
-    setup.loader.position = state.position
-    batches, pace, evaluate_every = iter(setup.loader), Pace(), cadence(setup)
+    setup, watch = session.setup, session.setup.recipe.watch
+    state, setup.loader.position = setup.state, setup.state.position
+    batches = iter(setup.loader)
+    session.evaluate()  # where that was cut off
     while state.step < setup.steps:
         began = time.monotonic()
         sums = take_step(setup, batches)
-        pace.add(time.monotonic() - began, sums.waited)
-        line.show(state.step, sums.means["loss"], pace)
-        if _due(setup, watch.log_every) or _due(setup, watch.checkpoint_every):
-            for sentence in count_damage(setup):
-                line.say(f"step {state.step:,}: replaced a damaged sample: {sentence}")
-        if _due(setup, watch.log_every) or not sums.finite:
-            _record(setup, run, _measured(setup, sums, pace))
+        session.pace.add(time.monotonic() - began, sums.waited)
+        session.log(sums)
         if state.skipped > setup.recipe.train.skips:
             raise RunFailed(
                 f"{state.skipped} steps in a row had a loss or gradient that is not finite; start again with "
                 "another --output and a lower optimizer.lr, or with train.precision=bf16"
             )
-        if evaluate_every and _due(setup, evaluate_every):
-            values = evaluate(whole(setup))
-            if values:
-                _record(setup, run, values)
-                line.say(f"step {state.step:,}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
-                _alarm(setup, run, line, sums.means | values)
-        if _due(setup, watch.checkpoint_every):
-            _save(setup, run, line, saver)
-    line.end()
-    on_main(setup.accelerator, lambda: _written(saver))
+        session.stop_if(verdict(sums.votes))
+        session.evaluate()
+        if session.due(watch.checkpoint_every):
+            session.save()
+    session.finish()
 
 
 def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
@@ -123,59 +116,8 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     state.optimizer.zero_grad(set_to_none=True)
     state.skipped = 0 if sums.finite else state.skipped + 1
     state.step, state.position = state.step + 1, setup.loader.position
+    setup.preemption.started = True
     return sums
-
-
-def _due(setup: Setup, every: int) -> bool:
-    return setup.state.step % every == 0 or setup.state.step == setup.steps
-
-
-def _measured(setup: Setup, sums: Sums, pace: Pace) -> dict[str, float]:
-    """One line of metrics.jsonl about the step just taken."""
-    state = setup.state
-    values = {
-        "epoch": state.position / len(setup.data.train),
-        **sums.means,
-        "gradient_norm": sums.norm,
-        "lr": max(group["lr"] for group in state.optimizer.param_groups),
-        "samples_per_second": pace.rate * setup.loader.batch_size,
-        "data_wait": pace.waiting,
-    }
-    if state.damaged:
-        values["damaged"] = state.damaged
-    return values if sums.finite else values | {"skipped": state.skipped}
-
-
-def _record(setup: Setup, run: RunFolder, values: dict[str, float]) -> None:
-    """To metrics.jsonl and to the trackers."""
-    run.record({"step": setup.state.step, "samples": setup.state.position} | values)
-    setup.accelerator.log(values, step=setup.state.step)
-
-
-def _alarm(setup: Setup, run: RunFolder, line: ProgressLine, values: dict[str, float]) -> None:
-    """Say so wherever one looks when features have collapsed, and take it back when they have recovered."""
-    run.alarm = alarm(values)
-    line.alarm = run.alarm is not None
-    if run.alarm:
-        run.record({"step": setup.state.step, "samples": setup.state.position, "alarm": run.alarm})
-        line.say(f"step {setup.state.step:,}: {run.alarm}")
-
-
-def _save(setup: Setup, run: RunFolder, line: ProgressLine, saver: Saver) -> None:
-    """Begin to write a checkpoint; says what became of the one before."""
-    problem = saver.finish()
-    if problem:
-        line.say(f"{problem}; the run goes on, and would resume from {saver.last or 'where it started'}")
-    saver.save(setup.state.step, setup.state.snapshot(setup.recipe, setup.data.facts))
-    facts = {"checkpoint": saver.last and saver.last.name, "problem": problem, "damaged": setup.state.damaged}
-    run.status("running", step=setup.state.step, **{name: fact for name, fact in facts.items() if fact})
-
-
-def _written(saver: Saver) -> None:
-    """Wait for the last checkpoint; raises `UserError` when it could not be written."""
-    problem = saver.finish()
-    if problem:
-        raise UserError(f"{problem}; make room, then the same command goes on from the checkpoint before")
 
 
 def _opening(setup: Setup, start: Path | None) -> str:

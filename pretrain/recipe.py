@@ -6,9 +6,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from data.order import BLOCK_SAMPLES
+from pretrain.clock import seconds_of
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.pictures import PictureConfig
@@ -94,6 +95,8 @@ class WatchConfig(BaseModel):
     """Newest checkpoints kept."""
     checkpoint_keep_every: int = Field(default=0, ge=0)
     """Checkpoints of every so many steps are kept for good; 0 for none."""
+    max_time: Annotated[float, BeforeValidator(seconds_of), Field(gt=0)] | None = None
+    """Seconds, or "hours:minutes:seconds", from the start of the launcher to a saved stop; a scheduler's limit."""
     trackers: list[str] = Field(default_factory=list)
     """Accelerate's trackers: tensorboard, wandb, mlflow, …"""
 

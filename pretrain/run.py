@@ -20,6 +20,7 @@ import yaml
 from data.errors import UserError
 from data.files import write_atomically
 from pretrain.metrics import read_metrics
+from pretrain.preemption import Preempted
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
 
@@ -64,9 +65,12 @@ class RunFolder:
 
     @contextmanager
     def watched(self, state: TrainingState) -> Iterator[None]:
-        """Say in status.json how the block ends: finished, interrupted (Ctrl-C) or failed."""
+        """Say in status.json how the block ends: finished, preempted, interrupted (Ctrl-C) or failed."""
         try:
             yield
+        except Preempted as stop:
+            self.status("preempted", step=state.step, reason=stop.reason)
+            raise
         except KeyboardInterrupt:
             self.status("interrupted", step=state.step)
             raise
@@ -80,7 +84,7 @@ class RunFolder:
                 self._lock.close()
 
     def status(self, state: str, **facts: Any) -> None:
-        """Say in status.json that the run is running, finished, interrupted or failed."""
+        """Say in status.json that the run is running, finished, preempted, interrupted, hung or failed."""
         if self.writes:
             record = {"state": state, "time": _now()} | ({"alarm": self.alarm} if self.alarm else {}) | facts
             write_atomically(self.path / "status.json", json.dumps(record, indent=1))

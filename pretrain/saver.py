@@ -63,6 +63,9 @@ class Saver:
         """The newest whole checkpoint that is known: where the run started, or what was committed since."""
         self.blocked = 0.0
         """Seconds that the last `save` held up its caller."""
+        self.seconds = 0.0
+        """The longest that a save has taken from its begin until it was whole on disk."""
+        self._began = 0.0
         self._count = 0
         self._host: dict[str, HostFile] = {}
         self._thread: threading.Thread | None = None
@@ -73,7 +76,7 @@ class Saver:
 
         A full or failing disk raises nothing: `problem` says what happened, and older checkpoints stay.
         """
-        began = time.monotonic()
+        self._began = began = time.monotonic()
         self.finish()
         self._count += 1
         pieces = {kind: self._mine(tensors) for kind, tensors in snapshot.tensors.items()}
@@ -131,6 +134,7 @@ class Saver:
                 self.last = checkpoint.commit(partial, name, dict(sorted(written.items())))
             self.problem = None
             self._tidy(name)
+            self.seconds = max(self.seconds, time.monotonic() - self._began)
         except (OSError, SafetensorError) as error:
             self.problem = f"checkpoint {self.folder / name} cannot be written ({error})"
             self._give_up(partial, sharded)
@@ -207,7 +211,7 @@ class Saver:
 
 
 @contextlib.contextmanager
-def saving(accelerator: Accelerator, folder: Path, watch: WatchConfig) -> Iterator[Saver]:
+def saving(accelerator: Accelerator, folder: Path, watch: WatchConfig, start: Path | None) -> Iterator[Saver]:
     """A saver for the block, on all processes; what crashes left in `folder` is removed first.
 
     However the block ends, the save under way is written to its end.
@@ -220,6 +224,7 @@ def saving(accelerator: Accelerator, folder: Path, watch: WatchConfig) -> Iterat
     life = on_main(accelerator, begin)
     retention = Retention(watch.checkpoint_keep, watch.checkpoint_keep_every)
     saver = Saver(folder, retention, accelerator.process_index, accelerator.num_processes, life)
+    saver.last = start
     try:
         yield saver
     finally:

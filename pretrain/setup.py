@@ -16,6 +16,7 @@ from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.ema import start_average
 from pretrain.norm import synchronise
 from pretrain.optim import build_optimizer
+from pretrain.preemption import Preemption
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
 
@@ -35,6 +36,8 @@ class Setup:
     loader: Loader
     steps: int
     """Optimiser steps of the whole run."""
+    preemption: Preemption
+    """Whether the run has been asked to stop."""
 
     @property
     def main(self) -> bool:
@@ -68,7 +71,8 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
         objective.compile()
     model, optimizer = wrap(accelerator, objective, optimizer)
     state = TrainingState(objective, optimizer, average, accelerator.scaler)
-    return Setup(recipe, accelerator, data, state, model, loader, recipe.steps(len(data.train)))
+    preemption = Preemption(folder / "STOP", recipe.watch.max_time, accelerator.is_main_process)
+    return Setup(recipe, accelerator, data, state, model, loader, recipe.steps(len(data.train)), preemption)
 
 
 def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loader:

@@ -1,0 +1,133 @@
+"""What happens between the steps of a run: metrics, evaluations, checkpoints, and stopping when told to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.errors import UserError
+from pretrain.accelerator import on_main
+from pretrain.collapse import alarm
+from pretrain.damage import count_damage
+from pretrain.evaluate import cadence, evaluate
+from pretrain.gradient import Sums
+from pretrain.pace import Pace
+from pretrain.preemption import Preempted
+from pretrain.progress import ProgressLine
+from pretrain.run import RunFolder
+from pretrain.saver import Saver
+from pretrain.setup import Setup
+from pretrain.whole import whole
+
+
+@dataclass
+class Session:
+    """A run in progress on this process. All processes call the same methods at the same steps."""
+
+    setup: Setup
+    run: RunFolder
+    line: ProgressLine
+    saver: Saver
+    saved: int | None
+    """The step of the newest checkpoint, or of the one that is being written; None before the first."""
+    pace: Pace = field(default_factory=Pace)
+    means: dict[str, float] = field(init=False)
+    """Loss and metrics of the last step."""
+
+    def __post_init__(self) -> None:
+        self.means = self.setup.state.extra.pop("means", {})
+        self._cadence = cadence(self.setup)
+
+    def due(self, every: int) -> bool:
+        """Whether something done `every` so many steps, and at the last, is to be done now; never for 0."""
+        return bool(every) and (self.setup.state.step % every == 0 or self.setup.state.step == self.setup.steps)
+
+    def log(self, sums: Sums) -> None:
+        """Say how the step just taken went, where that is due."""
+        watch, state = self.setup.recipe.watch, self.setup.state
+        self.means = sums.means
+        self.line.show(state.step, sums.means["loss"], self.pace)
+        if self.due(watch.log_every) or self.due(watch.checkpoint_every) or any(sums.votes):
+            for sentence in count_damage(self.setup):
+                self.line.say(f"step {state.step:,}: replaced a damaged sample: {sentence}")
+        if self.due(watch.log_every) or not sums.finite:
+            self.record(self._measured(sums))
+
+    def evaluate(self) -> None:
+        """Evaluate where that is due and not done; what a request to stop cuts short is done when the run goes on."""
+        state = self.setup.state
+        if not self.due(self._cadence) or state.extra.get("evaluated", 0) == state.step:
+            return
+        values = evaluate(whole(self.setup))
+        self.stop_if(self.setup.preemption.agreed(self.setup.accelerator))
+        state.extra["evaluated"] = state.step
+        if values:
+            self.record(values)
+            self.line.say(f"step {state.step:,}: " + ", ".join(f"{name} {v:.4f}" for name, v in values.items()))
+            self._alarm(alarm(self.means | values))
+
+    def save(self) -> None:
+        """Begin to write a checkpoint; says what became of the one before."""
+        state, preemption = self.setup.state, self.setup.preemption
+        problem = self.saver.finish()
+        if problem:
+            self.line.say(f"{problem}; the run goes on, and would resume from {self._last}")
+        self.saver.save(state.step, state.snapshot(self.setup.recipe, self.setup.data.facts))
+        self.saved = state.step
+        preemption.save_seconds = max(preemption.save_seconds, self.saver.seconds)
+        facts = {"checkpoint": self.saver.last and self.saver.last.name, "problem": problem, "damaged": state.damaged}
+        self.run.status("running", step=state.step, **{name: fact for name, fact in facts.items() if fact})
+
+    def stop_if(self, reason: str | None) -> None:
+        """Save and leave, all processes alike, where one has been asked to stop."""
+        if reason is None:
+            return
+        self.setup.state.extra["means"] = self.means
+        if self.saved != self.setup.state.step:
+            self.save()
+        problem = self.saver.finish()
+        if problem:
+            self.line.say(f"{problem}; the run will go on from {self._last}")
+        self.setup.preemption.obeyed()
+        raise Preempted(reason)
+
+    def finish(self) -> None:
+        """Wait for the last checkpoint; raises `UserError`, everywhere, when it could not be written."""
+        self.line.end()
+        on_main(self.setup.accelerator, self._written)
+
+    def record(self, values: dict[str, float]) -> None:
+        """To metrics.jsonl and to the trackers."""
+        self.run.record({"step": self.setup.state.step, "samples": self.setup.state.position} | values)
+        self.setup.accelerator.log(values, step=self.setup.state.step)
+
+    def _alarm(self, text: str | None) -> None:
+        """Say so wherever one looks when features have collapsed, and take it back when they have recovered."""
+        self.run.alarm, self.line.alarm = text, text is not None
+        if text:
+            self.run.record({"step": self.setup.state.step, "samples": self.setup.state.position, "alarm": text})
+            self.line.say(f"step {self.setup.state.step:,}: {text}")
+
+    @property
+    def _last(self) -> Path | str:
+        return self.saver.last or "where it started"
+
+    def _measured(self, sums: Sums) -> dict[str, float]:
+        """One line of metrics.jsonl about the step just taken."""
+        state = self.setup.state
+        values = {
+            "epoch": state.position / len(self.setup.data.train),
+            **sums.means,
+            "gradient_norm": sums.norm,
+            "lr": max(group["lr"] for group in state.optimizer.param_groups),
+            "samples_per_second": self.pace.rate * self.setup.loader.batch_size,
+            "data_wait": self.pace.waiting,
+        }
+        if state.damaged:
+            values["damaged"] = state.damaged
+        return values if sums.finite else values | {"skipped": state.skipped}
+
+    def _written(self) -> None:
+        problem = self.saver.finish()
+        if problem:
+            raise UserError(f"{problem}; make room, then the same command goes on from the checkpoint before")
