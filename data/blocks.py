@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from data.encoding import Encoded
 from data.shards import DatasetWriter
 from data.tokenizer import special_ids
 
@@ -45,12 +46,13 @@ class Side:
         self.pending: NDArray[Any] = np.empty(0, dtype=self.dtype)
         self.documents = self.tokens = self.bytes = self.blocks = self.shards = self.in_shard = 0
 
-    def add(self, text: str, ids: list[int]) -> None:
-        """Append one document."""
-        new = np.array([self.special["bos"], *ids, self.special["eos"]], dtype=self.dtype)
-        self.documents += 1
+    def add(self, document: Encoded) -> None:
+        """Append a document, or the next piece of one."""
+        self.documents += document.first
+        self.bytes += document.size
+        bos, eos = [self.special["bos"]] * document.first, [self.special["eos"]] * document.last
+        new = np.concatenate([bos, document.ids, eos]).astype(self.dtype)
         self.tokens += len(new)
-        self.bytes += len(text.encode())
         stream = np.concatenate([self.pending, new])
         whole = len(stream) // self.block_tokens * self.block_tokens
         for start in range(0, whole, self.block_tokens):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -28,7 +28,7 @@ class ShardedDataset:
     `source` is a folder written by `headwater shard`, a folder or glob of WebDataset tars made elsewhere
     (indexed on first use), or a list of tars. `len()` counts samples: pictures, or for text the rows of
     `context + 1` tokens that start every `context` tokens within a shard (the tail of each shard that
-    fills no row is not used).
+    fills no row is not used: less than `context` tokens a shard, see `tail_at`).
     """
 
     def __init__(
@@ -144,6 +144,13 @@ class ShardedDataset:
             done += count
         return found
 
+    def blocks(self) -> Iterator[NDArray[Any]]:
+        """The whole token stream of a text, block by block."""
+        for shard, facts in enumerate(self.manifest["shards"]):
+            for block in range(facts["samples"]):
+                payloads, _ = self.reader.read(np.array([shard]), np.array([block]))
+                yield _tokens(payloads[0], self.manifest["dtype"])
+
     def row(self, identity: int) -> Ints:
         """The `context + 1` token ids of a row: int64 (context + 1,)."""
         return self.rows(np.array([identity], dtype=np.int64))[0]
@@ -154,6 +161,12 @@ class ShardedDataset:
         Raises `UserError` when it is empty.
         """
         return _Shuffled(self, Order(self.counts, seed, block_samples=shuffle_samples, lanes=lanes))
+
+    def tail_at(self, context: int) -> float:
+        """Share of a text's tokens that lie in no row of `context + 1`: what is left at the end of each shard."""
+        tokens = np.array([shard["tokens"] for shard in self.manifest["shards"]], dtype=np.int64)
+        rows = (tokens - 1).clip(0) // context
+        return float(1 - np.where(rows > 0, rows * context + 1, 0).sum() / tokens.sum())
 
     def split(self, validation: float) -> tuple[Self, Self]:
         """Two views, (train, validation): a sample's key decides on which side it falls.

@@ -11,18 +11,21 @@ import numpy as np
 from PIL import Image
 
 from data.dataset import ShardedDataset
+from data.duplicates import duplicates
 from data.errors import DamagedData, UserError
 from data.files import sha256
 from data.images import UnreadableImage, open_image
 
 _SAMPLED = 200
+_CONTEXTS = (256, 1024, 4096)
 
 
 def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
     """Counts, sizes, labels and problems of the shards at `source`.
 
     With `verify` the SHA-256 of every shard and index is compared with the manifest's (tars from elsewhere
-    have none). Some pictures are decoded in any case.
+    have none), and samples (of text: documents) that repeat another's bytes are counted. Some pictures are
+    decoded in any case. Of text, `tail_at_context` is the share of tokens that rows of so many tokens leave out.
 
     Raises:
         UserError: the dataset cannot be opened at all.
@@ -41,6 +44,7 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
         facts = ("documents", "tokens", "vocab_size", "block_tokens")
         report |= {name: dataset.manifest[name] for name in facts}
         report["bytes_per_token"] = round(dataset.manifest["bytes"] / max(1, dataset.manifest["tokens"]), 3)
+        report["tail_at_context"] = _tails(dataset)
     else:
         try:
             report |= _labels(dataset)
@@ -52,6 +56,10 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
             for file, name in ((path, "sha256"), (path.with_suffix(".index"), "index_sha256")):
                 if name in shard and _digest(file) != shard[name]:
                     problems.append(f"{file} does not match its checksum; restore it or write the dataset again")
+        try:
+            report["duplicates"] = duplicates(dataset)
+        except DamagedData as error:
+            problems.append(str(error))
     return report | {"problems": list(dict.fromkeys(problems))}
 
 
@@ -61,6 +69,12 @@ def _labels(dataset: ShardedDataset) -> dict[str, Any]:
     names = dict(enumerate(dataset.classes)) or {int(n): str(n) for n in np.unique(labels[labels >= 0])}
     counts = {name: int((labels == number).sum()) for number, name in names.items()}
     return {"labels": counts, "unlabelled": int((labels < 0).sum())}
+
+
+def _tails(dataset: ShardedDataset) -> dict[str, float]:
+    """The share of tokens in no row, at some contexts for which there is a row at all."""
+    longest = max(shard["tokens"] for shard in dataset.manifest["shards"])
+    return {str(context): round(dataset.tail_at(context), 6) for context in _CONTEXTS if context < longest}
 
 
 def _digest(path: Path) -> str | None:

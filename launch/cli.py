@@ -103,14 +103,19 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     images.add_argument("out", type=Path, help="folder to make")
     images.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns file and label")
     images.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
-    text = _add(kinds, "text", commands.shard_text, "text or JSONL files -> shards of token ids")
+    text = _add(
+        kinds, "text", commands.shard_text, "text, JSONL or parquet files (.gz, .zst too) -> shards of token ids"
+    )
     text.add_argument("source", nargs="+", type=Path, help="files and folders")
     text.add_argument("out", type=Path, help="folder to make")
     text.add_argument("--vocab-size", type=int, default=8192, help="of the BPE that is trained (default: 8192)")
     text.add_argument("--tokenizer", help="tokenizer.json, or the word `characters`, instead of training one")
     text.add_argument("--document", choices=["file", "line", "paragraph"], default="file", help="what is a document")
-    text.add_argument("--field", default="text", help="JSONL field that holds the text (default: text)")
+    text.add_argument(
+        "--field", default="text", help="JSONL field or parquet column that holds the text (default: text)"
+    )
     text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")
+    text.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
     for parser in (images, text):
         parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
         _json(parser)
@@ -119,7 +124,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
 def _inspect(sub: argparse._SubParsersAction) -> None:
     parser = _add(sub, "inspect", commands.inspect, "what shards hold, and whether they are whole")
     parser.add_argument("shards", help="folder or glob of shards")
-    parser.add_argument("--fast", action="store_true", help="skip the checksums")
+    parser.add_argument("--fast", action="store_true", help="skip the checksums and the search for duplicates")
     _json(parser)
 
 

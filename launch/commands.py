@@ -49,6 +49,7 @@ def shard_text(arguments: argparse.Namespace) -> int:
         document=arguments.document,
         field=arguments.field,
         overwrite=arguments.overwrite,
+        workers=arguments.workers,
     )
     held = summary["validation"]
     text = (

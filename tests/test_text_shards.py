@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -11,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from data.dataset import ShardedDataset
-from data.documents import ReadCounts
+from data.documents import DocumentUnit, ReadCounts, read_pieces
+from data.encoding import Encoded
 from data.errors import UserError
+from data.inspect import inspect
 from data.loader import sequential
 from data.text import read_documents, shard_text, split_exactly, training_sample
 from data.tokenizer import SPECIAL_TOKENS, load, train
@@ -102,11 +106,11 @@ def test_an_interruption_leaves_nothing_behind(folder: Path, tmp_path: Path, mon
 
     original, calls = Side.add, []
 
-    def interrupted(self: Side, text: str, ids: list[int]) -> None:
-        calls.append(text)
+    def interrupted(self: Side, document: Encoded) -> None:
+        calls.append(document)
         if len(calls) == 40:
             raise KeyboardInterrupt
-        original(self, text, ids)
+        original(self, document)
 
     monkeypatch.setattr(Side, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -214,3 +218,101 @@ def test_an_existing_dataset_is_replaced_only_when_asked(folder: Path, tmp_path:
     shard_text([folder], out, vocab_size=310, validation=0, block_tokens=128, overwrite=True)
     assert json.loads((out / "dataset.json").read_text())["vocab_size"] == 310
     assert not (out / "validation").exists()
+
+
+def compressed(path: Path, suffix: str) -> None:
+    """Replace a file by its compressed self."""
+    raw = path.read_bytes()
+    packed = gzip.compress(raw) if suffix == ".gz" else zstandard.ZstdCompressor().compress(raw)
+    path.unlink()
+    path.with_name(path.name + suffix).write_bytes(packed)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("unit", ["file", "line", "paragraph"])
+def test_compressed_files_hold_the_same_documents(folder: Path, suffix: str, unit: DocumentUnit) -> None:
+    (folder / "c.jsonl").write_text("".join(json.dumps({"text": document(n)}) + "\n" for n in range(9)))
+    expected = list(read_documents([folder], unit))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        compressed(path, suffix)
+    counts, told = ReadCounts(), []
+    assert sorted(read_documents([folder], unit, counts=counts, advance=told.append)) == sorted(expected)
+    assert sum(told) == counts.bytes_read == sum(path.stat().st_size for path in folder.rglob(f"*{suffix}"))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_damaged_compressed_files_get_one_sentence(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / "a.txt"
+    whole.write_bytes(np.random.default_rng(0).bytes(50_000))
+    compressed(whole, suffix)
+    path = tmp_path / f"a.txt{suffix}"
+    packed = path.read_bytes()
+    for damaged in (packed[: len(packed) // 2], b"\x00" * 20 + packed[20:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged or cut off"):
+            list(read_documents([path]))
+
+
+def test_parquet_rows_are_documents(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [document(number) for number in range(3000)] + ["", None]
+    parquet.write_table(arrow.table({"id": range(len(texts)), "text": texts}), tmp_path / "a.parquet")
+    counts = ReadCounts()
+    assert list(read_documents([tmp_path], counts=counts)) == texts[:3000]
+    assert counts.empty == 2
+    assert counts.bytes_read == (tmp_path / "a.parquet").stat().st_size
+    for field, message in (("body", r"no strings in a column 'body' \(found: id, text\)"), ("id", "no strings")):
+        with pytest.raises(UserError, match=message):
+            list(read_documents([tmp_path], field=field))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + bytes(40))
+    with pytest.raises(UserError, match=r"cannot read .*a\.parquet"):
+        list(read_documents([tmp_path]))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_long_documents_are_streamed_and_stay_whole(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces, whatever their size, give the tokens of the whole, one beginning and one end a document."""
+    texts = ["\ufeff" + " ".join(document(seed) for seed in range(20 * n, 20 * n + 20)) for n in range(4)]
+    texts[3] += "\ufeff x"  # no mark of the encoding when it is not in front
+    texts = [text.replace("\n", "\n \n\t ") for text in texts]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text)
+        if suffix:
+            compressed(tmp_path / f"{number}.txt", suffix)
+    train(texts, 400).save(str(tmp_path / "tokenizer.json"))
+    sources = [tmp_path / f"{number}.txt{suffix}" for number in range(4)]
+    arguments = {"tokenizer": tmp_path / "tokenizer.json", "validation": 0, "block_tokens": 64}
+    shard_text(sources, tmp_path / "whole", **arguments)
+    monkeypatch.setattr("data.documents.PIECE", 100)
+    pieces = list(read_pieces(sources))
+    assert len(pieces) > 100
+    assert sum(piece.first for piece in pieces) == sum(piece.last for piece in pieces) == 4
+    shard_text(sources, tmp_path / "pieces", **arguments)
+    found = documents_in(tmp_path / "pieces")
+    assert found == documents_in(tmp_path / "whole") == [text.removeprefix("\ufeff") for text in texts]
+    tokens = [sum(stream(tmp_path / name)[1], []) for name in ("pieces", "whole")]
+    assert tokens[0] == tokens[1]
+
+
+def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:
+    for workers in (1, 2):
+        arguments = {"vocab_size": 400, "validation": 0.2, "block_tokens": 128, "workers": workers}
+        shard_text([folder], tmp_path / f"{workers}", **arguments)
+    manifests = [(tmp_path / f"{workers}" / "dataset.json").read_bytes() for workers in (1, 2)]
+    assert manifests[0] == manifests[1]
+
+
+def test_duplicates_and_tails_are_reported(folder: Path, tmp_path: Path) -> None:
+    """Ten of the sixty documents are there twice."""
+    shard_text([folder], tmp_path / "out", vocab_size=400, validation=0, tokens_per_shard=1024, block_tokens=128)
+    report = inspect(tmp_path / "out")
+    assert report["duplicates"] == 10
+    manifest, shards = stream(tmp_path / "out")
+    left = sum((len(shard) - 1) % 256 if len(shard) > 256 else len(shard) for shard in shards)
+    assert report["tail_at_context"] == {"256": round(left / manifest["tokens"], 6)}
+    assert "duplicates" not in inspect(tmp_path / "out", verify=False)

@@ -120,6 +120,7 @@ def _after_kill(pictures: Pictures) -> str:
 
 
 def _read_for_ever(shards: Path, told: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # workers complain when their parent is killed
     loader = Loader(ShardedDataset(shards), 256, workers=2, decode=nothing)
     batches = iter(loader)
     next(islice(batches, 5, None))

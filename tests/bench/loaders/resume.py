@@ -32,7 +32,7 @@ def compare(pictures: Pictures) -> str:
             cold.append(_first(lambda s=start: s(pictures, 0, None))[0])
             seconds, batch = _first(lambda s=start, state=state: s(pictures, DEEP, state))
             deep.append(seconds)
-            right &= sorted(batch) == sorted(straight)
+            right &= sorted(map(bytes, batch)) == sorted(map(bytes, straight))
         found[name] = (cold, deep, right)
     rows = [
         [name, f"{1000 * median(cold):.0f}", f"{1000 * median(deep):.0f}", f"{median(deep) / median(cold):.2f}×", ok]
@@ -82,7 +82,7 @@ def _litdata_loader(pictures: Pictures, state: Any) -> Any:
 
 
 def _streaming(pictures: Pictures, skip: int, state: Any) -> Iterator[list[bytes]]:
-    return iter(_streaming_loader(pictures, state))
+    return (batch["jpg"] for batch in _streaming_loader(pictures, state))
 
 
 def _streaming_loader(pictures: Pictures, state: Any) -> Any:
@@ -91,7 +91,10 @@ def _streaming_loader(pictures: Pictures, state: Any) -> Any:
 
     clean_stale_shared_memory()
     dataset = StreamingDataset(local=str(pictures.mds), shuffle=True, batch_size=SIZE)
-    loader = StreamingDataLoader(dataset, batch_size=SIZE, num_workers=0, collate_fn=_payloads)
+    # It counts samples by the first value of a mapping.
+    loader = StreamingDataLoader(
+        dataset, batch_size=SIZE, num_workers=0, collate_fn=lambda samples: {"jpg": _payloads(samples)}
+    )
     if state is not None:
         loader.load_state_dict(state)
     return loader
@@ -125,8 +128,8 @@ def _by_state(make: Callable[[Pictures, Any], Any]) -> Callable[[Pictures], tupl
         batches = iter(loader)
         for _ in range(DEEP):
             next(batches)
-        state = loader.state_dict()
-        return state, next(batches)
+        state, batch = loader.state_dict(), next(batches)
+        return state, batch["jpg"] if isinstance(batch, dict) else batch
 
     return after
 
