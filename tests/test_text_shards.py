@@ -295,7 +295,7 @@ def test_long_documents_are_streamed_and_stay_whole(
     shard_text(sources, tmp_path / "pieces", **arguments)
     found = documents_in(tmp_path / "pieces")
     assert found == documents_in(tmp_path / "whole") == [text.removeprefix("\ufeff") for text in texts]
-    tokens = [sum(stream(tmp_path / name)[1], []) for name in ("pieces", "whole")]
+    tokens = [[token for shard in stream(tmp_path / name)[1] for token in shard] for name in ("pieces", "whole")]
     assert tokens[0] == tokens[1]
 
 
