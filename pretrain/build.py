@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class Datasets:
 
     train: Samples
     validation: Samples | None
+    watched: dict[str, Samples] = field(default_factory=dict)
+    """Further held-out samples, by name."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -65,12 +67,14 @@ def open_data(recipe: Recipe) -> Datasets:
         return open_samples(source, context=context, kind=kind, tolerance=damaged)
 
     train, validation = opened(recipe.data.train), recipe.data.validation
+    watched = {name: opened(source) for name, source in recipe.data.watched.items()}
     if isinstance(validation, float | int):
-        return Datasets(*train.split(float(validation)))
+        kept, held_out = train.split(float(validation))
+        return Datasets(kept, held_out, watched)
     if validation is not None:
-        return Datasets(train, opened(validation))
+        return Datasets(train, opened(validation), watched)
     own = [str(folder / "validation") for folder in train.folders if (folder / "validation" / MANIFEST).exists()]
-    return Datasets(train, opened(dict.fromkeys(own, 1.0)) if own and context else None)
+    return Datasets(train, opened(dict.fromkeys(own, 1.0)) if own and context else None, watched)
 
 
 def resolve(recipe: Recipe, data: Datasets) -> Recipe:

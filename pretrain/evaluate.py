@@ -44,17 +44,24 @@ def evaluate(setup: Setup) -> dict[str, float]:
     effective rank need no labels and no held-out samples; kNN accuracy needs both.
     """
     values: dict[str, float] = {}
-    validation, watch = setup.data.validation, setup.recipe.watch
+    validation = setup.data.validation
+    for name, samples in setup.data.watched.items():
+        values |= _held_out_loss(setup, samples, _mine(setup, samples), name)
     if validation is not None:
-        ids = validation.all_ids()
-        ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: watch.evaluate_samples]])
-        mine = ids[setup.accelerator.process_index :: setup.accelerator.num_processes]
-        values |= _held_out_loss(setup, validation, mine)
+        mine = _mine(setup, validation)
+        values |= _held_out_loss(setup, validation, mine, "validation")
         if isinstance(setup.state.objective, NextToken):
             values["validation_bits_per_byte"] = _bits_per_byte(setup, setup.state.objective, validation, mine)
     if isinstance(setup.recipe.encoder, VisionConfig):
         values |= _features(setup, setup.recipe.encoder)
     return values
+
+
+def _mine(setup: Setup, samples: Samples) -> Ints:
+    """This process's share of the samples to look at, the same ones each time."""
+    ids = samples.all_ids()
+    ids = np.sort(ids[np.argsort(hash64(ids), kind="stable")[: setup.recipe.watch.evaluate_samples]])
+    return ids[setup.accelerator.process_index :: setup.accelerator.num_processes]
 
 
 def _features(setup: Setup, config: VisionConfig) -> dict[str, float]:
@@ -72,11 +79,11 @@ def _features(setup: Setup, config: VisionConfig) -> dict[str, float]:
     return values
 
 
-def _held_out_loss(setup: Setup, validation: Samples, mine: Ints) -> dict[str, float]:
+def _held_out_loss(setup: Setup, samples: Samples, mine: Ints, prefix: str) -> dict[str, float]:
     recipe, accelerator, objective = setup.recipe, setup.accelerator, setup.state.objective
     objective.eval()
     totals: dict[str, float] = {"loss": 0.0, "count": 0.0}
-    held_out = sequential(validation, setup.loader.microbatch, canvas=recipe.data.canvas, ids=mine)
+    held_out = sequential(samples, setup.loader.microbatch, canvas=recipe.data.canvas, ids=mine)
     for batch in setup.preemption.until_asked(held_out):
         output = objective(batch.to(accelerator.device), 1.0)
         values = {"loss": output.loss_sum, "count": output.target_count} | output.metrics
@@ -87,9 +94,9 @@ def _held_out_loss(setup: Setup, validation: Samples, mine: Ints) -> dict[str, f
     names = sorted({name for each in everyone for name in each})
     sums = {name: math.fsum(each.get(name, 0.0) for each in everyone) for name in names}
     count = max(sums.pop("count"), 1.0)
-    found = {"validation_" + name: value / count for name, value in sums.items()}
+    found = {f"{prefix}_{name}": value / count for name, value in sums.items()}
     if recipe.encoder.kind == "text":
-        found["validation_perplexity"] = math.exp(min(found["validation_loss"], 50.0))
+        found[f"{prefix}_perplexity"] = math.exp(min(found[f"{prefix}_loss"], 50.0))
     return found
 
 

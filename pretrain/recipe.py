@@ -26,6 +26,9 @@ class DataConfig(BaseModel):
     """Folder or glob of shards, or a list of tars; or several, each with its weight, mixed in exact proportions."""
     validation: str | float | None = None
     """Held-out shards, or a share of `train` (pictures only). Text shards bring their own by default."""
+    watched: dict[str, str] = Field(default_factory=dict)
+    """Further held-out shards, by name, whose loss is recorded at each evaluation: what a run that goes on from
+    trained weights may forget, for example."""
     canvas: int = Field(default=256, ge=1)
     """Side of the square that pictures are decoded onto, in pixels; larger ones are shrunk to fit."""
     workers: int = Field(default=2, ge=0)
@@ -115,6 +118,8 @@ class Recipe(BaseModel):
     """Names the run's folder: letters, digits, `_`, `-` and dots."""
     seed: int = 0
     """Of the initial weights, the order of samples, views and masks."""
+    start: str | None = None
+    """Folder of trained weights to start from: an export, or a transformers checkpoint of the same architecture."""
     data: DataConfig = Field(default_factory=DataConfig)
     encoder: Encoder
     objective: ObjectiveConfig
@@ -144,8 +149,9 @@ class Recipe(BaseModel):
         the same sums are computed (`compile`, `deterministic`, `shard`), which changes their rounding alone.
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
-        del whole["data"]["train"], whole["data"]["workers"], whole["data"]["damaged"]
-        del whole["data"]["resident"]
+        for where in ("train", "resident", "watched", "workers", "damaged"):
+            del whole["data"][where]
+        whole["start"] = self.start is not None
         for how in ("skips", "microbatch", "shard", "compile", "deterministic"):
             del whole["train"][how]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not

@@ -13,6 +13,7 @@ from data.loader import Loader
 from data.resident import Resident, ResidentLoader
 from pretrain.accelerator import make_accelerator, place, wrap
 from pretrain.build import Datasets, build_objective, open_data, resolve
+from pretrain.continuation import take_over
 from pretrain.ema import start_average
 from pretrain.norm import synchronise
 from pretrain.optim import build_optimizer
@@ -60,6 +61,8 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     loader = make_loader(recipe, data, accelerator)
     objective = build_objective(recipe)
     objective.read(data.train)
+    if recipe.start is not None:
+        take_over(objective, recipe.start, data.train)
     if accelerator.num_processes > 1:
         synchronise(objective)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None

@@ -188,7 +188,7 @@ def test_it_learns_a_cycle() -> None:
     optimizer = torch.optim.AdamW(objective.parameters(), lr=5e-3)
 
     def batches() -> Iterator[TextBatch]:
-        for step in range(200):
+        for step in range(160):
             start = torch.randint(0, 53, (16, 1), generator=torch.Generator().manual_seed(step))
             tokens = 7 + (start + torch.arange(41)) % 53
             keys = torch.from_numpy(sample_keys(step, 0, np.arange(16)))
@@ -203,7 +203,7 @@ def test_it_learns_a_cycle() -> None:
         (output.loss_sum / output.target_count).backward()
         optimizer.step()
     assert first > 3.5
-    assert last < 1.0
+    assert last < 1.5
 
 
 def test_words_begin_where_the_tokenizer_says() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -49,13 +50,13 @@ class TokenTable(nn.Module):
     def read(self, vocabulary: Vocabulary) -> None:
         """Take over the facts; ids of the model beyond the vocabulary count as special."""
         known = len(vocabulary.special)
-        special = torch.ones(self.vocab_size, dtype=torch.bool)
-        special[:known] = torch.from_numpy(vocabulary.special)
-        ordinary = torch.nonzero(~special).flatten()
-        self.special.copy_(special)
+        special = np.ones(self.vocab_size, dtype=bool)
+        special[:known] = vocabulary.special
+        ordinary = np.flatnonzero(~special)
+        self.special.copy_(torch.from_numpy(special))
         self.goes_on[:known] = torch.from_numpy(vocabulary.goes_on)
         self.open_end[:known] = torch.from_numpy(vocabulary.open_end)
-        self.ordinary.zero_()[: len(ordinary)] = ordinary
+        self.ordinary.zero_()[: len(ordinary)] = torch.from_numpy(ordinary)
         self.ordinary_count.fill_(len(ordinary))
         self.mask.fill_(vocabulary.mask)
 
