@@ -83,6 +83,28 @@ def test_mistakes_name_what_was_meant(override: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "contrast.temprature=3",
+            "'objective.members.contrast.temprature'; did you mean objective.members.contrast.temp",
+        ),
+        ("contrast.temperature=-3", "'objective.members.contrast.temperature' is -3"),
+        (
+            "contrast.views=[{count: 2, jitter: {hew: 1}}]",
+            "did you mean objective.members.contrast.views.0.jitter.hue?",
+        ),
+        ("pixels.decoder_width=17", "multiple of decoder_heads"),
+        ("pixels.name=mea", "'objective.members.pixels.name' is 'mea'; it must be one of: mae, simmim"),
+    ],
+)
+def test_mistakes_inside_mixtures_are_found_where_they_are(override: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("mae_simclr_cifar10", [f"objective.members.{override}"])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         (b"[1, 2]", "is no recipe"),

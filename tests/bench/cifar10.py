@@ -23,10 +23,10 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from cifar10_probes import judge
-from pretrain.preemption import Preempted
 
 from data.image_shards import shard_images
 from pretrain.loop import train
+from pretrain.preemption import Preempted
 from pretrain.recipe_file import load_recipe
 
 STARTED = time.monotonic()
