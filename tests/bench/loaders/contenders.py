@@ -72,7 +72,9 @@ def litdata(pictures: Pictures, workers: int, decode: Decode | None) -> Batches:
     class Decoded(StreamingDataset):
         def __getitem__(self, index: Any) -> Any:
             payload = super().__getitem__(index)["jpg"]
-            return payload if decode is None else decode(payload)
+            if decode is not None:
+                return decode(payload)
+            return bytes(payload) if workers else payload  # a view of a chunk cannot leave its process
 
     dataset = Decoded(str(pictures.litdata), shuffle=True, drop_last=True)
     if not workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import Counter
@@ -45,7 +46,7 @@ def _read_by(pictures: Pictures, world: int) -> dict[str, list[Counter]]:
     processes = [context.Process(target=_child, args=(pictures, r, world, port, results)) for r in range(world)]
     for process in processes:
         process.start()
-    found = [results.get() for _ in processes]
+    found = [json.loads(results.get()) for _ in processes]
     for process in processes:
         process.join()
     return {
@@ -71,7 +72,7 @@ def _child(pictures: Pictures, rank: int, world: int, port: int, results: Any) -
         samples = _samples(name, pictures, rank, world)
         local = SIZE // world
         found[name] = [list(islice(samples, local)) for _ in range(BATCHES)]
-    results.put(found)
+    results.put(json.dumps(found, default=str))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
+import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -98,15 +99,14 @@ def _in_child(function: Any, *arguments: Any) -> Any:
 def _after_kill(pictures: Pictures) -> str:
     """Kill a process that reads with two workers, and look for what stays."""
     before = set(os.listdir("/dev/shm"))
-    context = mp.get_context("spawn")
-    told = context.SimpleQueue()
-    process = context.Process(target=_read_for_ever, args=(pictures.shards, told))
-    process.start()
-    workers = told.get()
-    time.sleep(0.5)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    code = f"from loaders.memory import read_for_ever; read_for_ever({str(pictures.shards.resolve())!r})"
+    home = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        workers = json.loads(process.stdout.readline())
+        time.sleep(0.5)
+        process.kill()
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and any(map(_alive, workers)):
         time.sleep(0.1)
@@ -119,13 +119,12 @@ def _after_kill(pictures: Pictures) -> str:
     )
 
 
-def _read_for_ever(shards: Path, told: Any) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # workers complain when their parent is killed
-    loader = Loader(ShardedDataset(shards), 256, workers=2, decode=nothing)
-    batches = iter(loader)
+def read_for_ever(shards: str) -> None:
+    """Read with two workers, whose process ids are printed, until killed."""
+    batches = iter(Loader(ShardedDataset(shards), 256, workers=2, decode=nothing))
     next(islice(batches, 5, None))
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    told.put([int(child) for child in children])
+    print(json.dumps([int(child) for child in children]), flush=True)
     for _ in batches:
         pass
 
