@@ -31,9 +31,9 @@ from pretrain.recipe_file import load_recipe
 
 STARTED = time.monotonic()
 PROBING = 75.0
-"""Seconds kept for judging a finished run."""
+"""Seconds kept for judging a finished run; a rehearsal takes a tenth."""
 LAST = 45.0
-"""Seconds below which no run is begun or gone on with."""
+"""Seconds below which no run is begun or gone on with; likewise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ ROWS = {
     "swav": Row(None, ".842 / 89"),
 }
 SMALL = ["train.batch_size=64", "train.steps=24", "watch.evaluate_every=0", "watch.checkpoint_every=8"]
+SMALL += ["data.workers=0"]
 
 
 @dataclass
@@ -98,7 +99,8 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> bool:
     """Train and judge one row with one seed, or as much of it as there is time for; whether it is done."""
     work, limit = arguments.work, 60.0 * arguments.minutes
     folder, settings = work / "runs" / f"{name}-{seed}", overrides(name, seed, arguments)
-    if _left(limit) < LAST:
+    hurry = 0.1 if arguments.small else 1.0
+    if _left(limit) < LAST * hurry:
         return False
     AcceleratorState._reset_state(reset_partial_state=True)
     recipe = load_recipe(str(ROWS[name].recipe), [f"data.train={work / 'shards' / 'train'}", *settings])
@@ -108,7 +110,7 @@ def run(name: str, seed: int, arguments: argparse.Namespace) -> bool:
     except Preempted:
         done = False
     seconds = _add_seconds(folder, time.monotonic() - began)
-    if not done or _left(limit) < PROBING:
+    if not done or _left(limit) < PROBING * hurry:
         return False
     found = judge(export, work / "shards", samples=2000 if arguments.small else None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -126,7 +128,7 @@ def overrides(name: str, seed: int, arguments: argparse.Namespace) -> list[str]:
     settings = [f"seed={seed}", f"train.epochs={arguments.epochs}", "data.validation=null"]
     settings += [f"watch.max_time={60 * arguments.minutes}", "watch.checkpoint_every=1000"]
     if torch.cuda.is_available():
-        settings += ["train.precision=bf16"]
+        settings += ["train.precision=bf16", "data.resident=true"]
     if arguments.small:
         settings += SMALL
         if name != "mae_vit":
