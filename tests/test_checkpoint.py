@@ -15,8 +15,10 @@ from torch import Tensor
 
 from data import files
 from data.errors import UserError
+from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, Retention, choose, newest, problem, read_state
-from pretrain.loop import take_step
+from pretrain.loop import take_step, train
+from pretrain.run import RunFolder
 from pretrain.saver import Saver
 from pretrain.setup import Setup, prepare
 
@@ -261,3 +263,79 @@ def test_a_disk_full_at_any_write_is_one_sentence_and_loses_nothing(
         assert saver.finish() is None
         assert sorted(path.name for path in folder.iterdir()) == ["LATEST", "step-000000003"]
     assert at > 15
+
+
+class Counting(torch.optim.SGD):
+    """An optimiser that counts in its groups, as schedule-free ones do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["counted"] = group.get("counted", 0) + 1
+        return super().step(closure)
+
+
+def test_what_no_library_would_save_returns_too(digits: Path, tmp_path: Path) -> None:
+    setup = trained(digits, tmp_path, 1)
+    state, objective = setup.state, setup.state.objective
+    state.optimizer = Counting(objective.parameters(), lr=0.5, momentum=0.9)
+    for parameter in objective.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    objective.register_buffer("queue", torch.arange(6.0), persistent=False)
+    objective.register_buffer("grown", torch.arange(9), persistent=False)
+    state.extra = {"spikes": {"window": [0.1, 2.0, 1e-300], "until": None}, "ranges": [[64, 128]], "best": 0.1 + 0.2}
+    path = write(tmp_path, 1, state.snapshot(setup.recipe, {}))
+    state.extra["spikes"]["window"].append(3.0)
+    fresh = trained(digits, tmp_path, 0)
+    fresh.state.optimizer = Counting(fresh.state.objective.parameters(), lr=0.1, momentum=0.9)
+    fresh.state.objective.register_buffer("queue", torch.zeros(6), persistent=False)
+    queue = fresh.state.objective.get_buffer("queue")
+    fresh.state.restore(path, fresh.recipe, {})
+    assert fresh.state.objective.get_buffer("queue") is queue, "what others refer to stays the same tensor"
+    assert torch.equal(queue, torch.arange(6.0))
+    assert torch.equal(fresh.state.objective.get_buffer("grown"), torch.arange(9))
+    assert "grown" not in fresh.state.objective.state_dict()
+    assert fresh.state.optimizer.param_groups[0]["counted"] == 1
+    assert fresh.state.optimizer.param_groups[0]["lr"] == 0.5
+    assert fresh.state.extra == {
+        "spikes": {"window": [0.1, 2.0, 1e-300], "until": None},
+        "ranges": [[64, 128]],
+        "best": 0.1 + 0.2,
+    }
+
+
+def test_a_model_of_another_shape_is_refused_in_one_sentence(digits: Path, tmp_path: Path) -> None:
+    setup = trained(digits, tmp_path, 1)
+    path = write(tmp_path, 1, setup.state.snapshot(setup.recipe, {}))
+    other = recipe("mae", digits / "train", {"train.ema": 0.9, "objective.decoder_width": 32})
+    fresh = prepare(other, tmp_path)
+    with pytest.raises(UserError, match=r"does not fit this version's model \(.* in the checkpoint, .* here\)"):
+        fresh.state.restore(path, setup.recipe, {})
+
+
+def test_a_run_on_a_full_disk_goes_on_and_says_so(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = checkpoint.write_file
+    said: list[dict[str, Any]] = []
+
+    def full(path: Path, chunks: Any) -> Any:
+        if ".step-000000004." in str(path):
+            raise OSError(28, "No space left on device")
+        return written(path, chunks)
+
+    def status(self: RunFolder, state: str, **facts: Any) -> None:
+        said.append(facts)
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    monkeypatch.setattr(RunFolder, "status", status)
+    train(recipe("mae", digits / "train", {"train.steps": 8, "watch.checkpoint_every": 2}), tmp_path / "run")
+    assert "step-000000004 cannot be written ([Errno 28] No space left on device)" in capsys.readouterr().err
+    assert any("No space left" in str(facts.get("problem")) for facts in said)
+    assert [path.name for path in checkpoint.complete(tmp_path / "run" / "checkpoints")] == [
+        "step-000000006",
+        "step-000000008",
+    ]
+    monkeypatch.setattr(checkpoint, "write_file", lambda *_: full(Path("/.step-000000004."), []))
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
+        train(recipe("mae", digits / "train", {"train.steps": 2}), tmp_path / "other")
