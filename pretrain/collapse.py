@@ -34,18 +34,16 @@ def spread(features: Tensor) -> Tensor:
 
 
 def alarm(values: dict[str, float]) -> str | None:
-    """What is wrong with features or embeddings by their metrics, with what to try; None where nothing is.
+    """What is wrong with features by their metrics, with what to try; None where nothing is.
 
-    Reads `feature_spread` and `effective_rank` of the encoder's features, and `embedding_spread` and
-    `agreement` where the objective measures them.
+    Reads `feature_spread` and `effective_rank` of the encoder's features, and `agreement` of student and teacher
+    where the objective measures it.
     """
     signs = []
     if values.get("feature_spread", 1.0) < FLAT:
         signs.append(f"all pictures get almost the same features (spread {values['feature_spread']:.3f} of 1)")
     if values.get("effective_rank", 2 * NARROW) < NARROW:
         signs.append(f"features lie along one direction (effective rank {values['effective_rank']:.1f})")
-    if values.get("embedding_spread", 1.0) < FLAT:
-        signs.append(f"all views get almost the same embedding (spread {values['embedding_spread']:.3f} of 1)")
     if not signs:
         return None
     if values.get("agreement", 0.0) > 0.99:

@@ -25,8 +25,7 @@ class Output:
     metrics: Tensors = field(default_factory=dict)
     """Detached sums over the same targets; the loop divides them by the global count of targets.
 
-    Two names are watched for collapse: `embedding_spread` (`collapse.spread` of the embeddings that the loss
-    compares) and `agreement` (how far student and teacher agree, at most 1), each times the count.
+    `agreement`, how far student and teacher agree (at most 1), becomes part of the alarm when features collapse.
     """
     statistics: Tensors = field(default_factory=dict)
     """Detached sums that `after_step` gets, added up over microbatches and processes."""
