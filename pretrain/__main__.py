@@ -26,8 +26,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     leave_when_asked()
     from pretrain.accelerator import end_with_launcher
-    from pretrain.loop import RunFailed, train
+    from pretrain.loop import train
     from pretrain.recipe_file import load_recipe
+    from pretrain.rollback import RunFailed
 
     end_with_launcher()
     main = int(os.environ.get("RANK", "0")) == 0

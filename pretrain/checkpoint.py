@@ -101,6 +101,14 @@ def tidy(folder: Path, name: str, retention: Retention, spare: Callable[[str], b
     clear(folder, spare)
 
 
+def go_back(path: Path) -> None:
+    """Make a checkpoint the newest of its folder: later ones are removed, the newest first."""
+    for later in reversed(complete(path.parent)):
+        if step_of(later) > step_of(path):
+            _remove(later)
+    write_atomically(path.parent / "LATEST", path.name + "\n")
+
+
 def clear(folder: Path, spare: Callable[[str], bool] = lambda _: False) -> None:
     """Remove half-written and half-removed checkpoints but those that `spare` says are being written."""
     for path in folder.glob(".*.partial"):

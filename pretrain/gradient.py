@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from data.keyed import hash64
+from pretrain.guard import trouble
 from pretrain.norm import StatisticsGuard, untracked
 from pretrain.objectives.protocol import JointObjective, Output
 from pretrain.setup import Setup
@@ -33,12 +34,18 @@ class Sums:
     """Seconds this process waited for data."""
     votes: list[float]
     """Of all processes, to stop; see `pretrain.preemption`."""
+    seen: list[Any]
+    """Ids and keys of this process's microbatches, int64 (b,) each."""
+    mine: float
+    """This process's part of `loss`."""
+    trouble: str | None = None
+    """Why the step must change nothing; see `pretrain.guard`."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Sums over the global batch for the objective's `after_step`."""
 
     @property
     def finite(self) -> bool:
-        """Whether this step may change anything."""
+        """Whether loss and gradient are numbers."""
         return math.isfinite(self.loss) and math.isfinite(self.norm)
 
     @property
@@ -53,7 +60,7 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
 
     Each microbatch adds the gradient of its *sum*, scaled by a constant; the number of targets of the
     whole global batch is known only at the end, and divides then. So 1 x 8, 2 x 4 and 8 x 1 agree. If the
-    loss or gradient is not finite, BatchNorm's running statistics are those of before.
+    step must not count, BatchNorm's running statistics are those of before.
     """
     accelerator, objective = setup.accelerator, setup.state.objective
     guard = StatisticsGuard(objective)
@@ -63,14 +70,16 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     names = sorted(gathered.metrics)
     values = [gathered.loss_sum, gathered.target_count] + [gathered.metrics[name] for name in names]
     ballot = setup.preemption.votes(accelerator.device)
-    totals = torch.cat([torch.stack([value.detach().double() for value in values]), ballot])
-    totals = accelerator.reduce(totals, reduction="sum")
+    mine = torch.cat([torch.stack([value.detach().double() for value in values]), ballot])
+    totals = accelerator.reduce(mine.clone(), reduction="sum")
     statistics = {name: accelerator.reduce(value, reduction="sum") for name, value in gathered.statistics.items()}
     norm = _scale_and_clip(setup, totals[1])
-    loss, count, *rest, norm_value = torch.cat([totals, norm[None]]).tolist()
+    loss, count, *rest, norm_value, own = torch.cat([totals, norm[None], mine[:1]]).tolist()
     metrics, votes = dict(zip(names, rest, strict=False)), rest[len(names) :]
-    sums = Sums(loss, count, norm_value, metrics, source.waited, votes, statistics)
-    if not sums.finite:
+    sums = Sums(loss, count, norm_value, metrics, source.waited, votes, source.seen, own, statistics=statistics)
+    train, window = setup.recipe.train, setup.state.extra.get("losses", [])
+    sums.trouble = trouble(sums.means["loss"], norm_value, window, train.spike, train.spike_window)
+    if sums.trouble:
         guard.restore()
     return sums
 
@@ -80,10 +89,13 @@ class _Timed:
 
     def __init__(self, setup: Setup, batches: Iterator[Any]) -> None:
         self.batches, self.device, self.waited = batches, setup.accelerator.device, 0.0
+        self.seen: list[Any] = []
 
     def __next__(self) -> Any:
         asked = time.monotonic()
-        batch = next(self.batches).to(self.device, non_blocking=True)
+        batch = next(self.batches)
+        self.seen.append((batch.ids, batch.keys))
+        batch = batch.to(self.device, non_blocking=True)
         self.waited += time.monotonic() - asked
         return batch
 

@@ -13,21 +13,19 @@ from data.keyed import hash64
 from pretrain import checkpoint
 from pretrain.accelerator import heard, on_main, start_trackers
 from pretrain.ema import update_average
+from pretrain.evidence import keep_evidence
 from pretrain.export import export, exported_step
 from pretrain.gradient import Sums, global_gradient
 from pretrain.optim import set_rates
 from pretrain.preemption import verdict
 from pretrain.progress import ProgressLine
 from pretrain.recipe import Recipe
+from pretrain.rollback import roll_back
 from pretrain.run import RunFolder
 from pretrain.saver import saving
 from pretrain.session import Session
 from pretrain.setup import Setup, prepare
 from pretrain.whole import whole
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the message says why and what to do."""
 
 
 def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
@@ -44,7 +42,7 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     Raises:
         UserError: recipe, data or checkpoint do not fit, and nothing was written; or a shard turned out to
             be damaged, or the disk full, on the way.
-        RunFailed: too many steps in a row gave numbers that are not finite.
+        RunFailed: too many steps in a row were bad, also after going back to checkpoints.
         Preempted: the run was asked to stop, and what it had done is saved.
     """
     setup = prepare(recipe, folder)
@@ -78,19 +76,19 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
 def _run(session: Session) -> None:
     """Take all steps that are left, and log, evaluate and save when it is time."""
     setup, watch = session.setup, session.setup.recipe.watch
-    state, setup.loader.position = setup.state, setup.state.position
-    batches = iter(setup.loader)
+    state, batches = setup.state, session.batches()
     session.evaluate()  # where that was cut off
     while state.step < setup.steps:
         began = time.monotonic()
         sums = take_step(setup, batches)
         session.pace.add(time.monotonic() - began, sums.waited)
         session.log(sums)
-        if state.skipped > setup.recipe.train.skips:
-            raise RunFailed(
-                f"{state.skipped} steps in a row had a loss or gradient that is not finite; start again with "
-                "another --output and a lower optimizer.lr, or with train.precision=bf16"
-            )
+        if sums.trouble:
+            keep_evidence(session, sums)
+            if state.skipped > setup.recipe.train.skips:
+                roll_back(session, sums.trouble)
+                batches = session.batches()
+                continue
         session.stop_if(verdict(sums.votes))
         session.evaluate()
         if session.due(watch.checkpoint_every):
@@ -99,14 +97,14 @@ def _run(session: Session) -> None:
 
 
 def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
-    """One optimiser step on the next global batch; numbers that are not finite change nothing but the count."""
+    """One optimiser step on the next global batch; a bad one (see `pretrain.guard`) changes nothing but the count."""
     state, recipe = setup.state, setup.recipe
     progress = (state.step + 0.5) / setup.steps
     set_rates(state.optimizer, recipe.optimizer, progress, recipe.train.batch_size)
     # Whatever still draws from torch's global state (dropout in an encoder) depends on the step alone.
     torch.manual_seed(int(hash64(recipe.seed, state.step, setup.accelerator.process_index) >> 1))
     sums = global_gradient(setup, batches, progress)
-    if sums.finite:
+    if not sums.trouble:
         state.optimizer.step()
         state.objective.after_step(progress, sums.statistics)
         if state.average is not None and recipe.train.ema is not None:
@@ -114,7 +112,9 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     elif state.scaler is not None:
         state.scaler.update()  # lowers the scale of fp16's loss where that was the cause
     state.optimizer.zero_grad(set_to_none=True)
-    state.skipped = 0 if sums.finite else state.skipped + 1
+    state.skipped = state.skipped + 1 if sums.trouble else 0
+    if recipe.train.spike and not sums.trouble:
+        state.extra["losses"] = [*state.extra.get("losses", []), sums.means["loss"]][-recipe.train.spike_window :]
     state.step, state.position = state.step + 1, setup.loader.position
     setup.preemption.started = True
     return sums

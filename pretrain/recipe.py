@@ -71,7 +71,13 @@ class TrainConfig(BaseModel):
     deterministic: bool = False
     """Ask torch for deterministic kernels (a CPU run is exact without it)."""
     skips: int = Field(default=20, ge=0)
-    """Steps in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+    """Bad steps in a row (loss or gradient not finite, or a spike) that are skipped before the run is rolled back."""
+    rollbacks: int = Field(default=3, ge=0)
+    """Times that a run goes back to a checkpoint and past the samples since, before it stops."""
+    spike: float | None = Field(default=None, gt=0)
+    """Robust z-score above the recent losses from which a step is bad; 8 is cautious. Without it none is."""
+    spike_window: int = Field(default=128, ge=8)
+    """Losses that a spike is compared with."""
 
 
 class WatchConfig(BaseModel):
@@ -152,7 +158,7 @@ class Recipe(BaseModel):
         for where in ("train", "resident", "watched", "workers", "damaged"):
             del whole["data"][where]
         whole["start"] = self.start is not None
-        for how in ("skips", "microbatch", "shard", "compile", "deterministic"):
+        for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch", "shard", "compile", "deterministic"):
             del whole["train"][how]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
             whole["data"]["validation"] = None

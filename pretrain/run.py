@@ -95,6 +95,12 @@ class RunFolder:
             with open(self.metrics, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def rewind(self, step: int, event: dict[str, Any]) -> None:
+        """Cut metrics.jsonl back to `step` and append `event`, unless it is there already."""
+        self._cut_metrics(step)
+        if self.writes and event not in read_metrics(self.path):
+            self.record(event)
+
     def _claim(self) -> None:
         """Hold a lock on the folder for as long as this process lives."""
         self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 - closed when the run ends

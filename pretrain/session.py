@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 from pretrain.accelerator import on_main
@@ -31,12 +33,21 @@ class Session:
     saved: int | None
     """The step of the newest checkpoint, or of the one that is being written; None before the first."""
     pace: Pace = field(default_factory=Pace)
+    reported: int = 0
+    """Bad steps whose samples were noted, …"""
+    dumped: int = 0
+    """… and of those the ones whose state was kept too, since this start."""
     means: dict[str, float] = field(init=False)
     """Loss and metrics of the last step."""
 
     def __post_init__(self) -> None:
         self.means = self.setup.state.extra.pop("means", {})
         self._cadence = cadence(self.setup)
+
+    def batches(self) -> Iterator[Any]:
+        """This process's microbatches from where the state stands."""
+        self.setup.loader.position = self.setup.state.position
+        return iter(self.setup.loader)
 
     def due(self, every: int) -> bool:
         """Whether something done `every` so many steps, and at the last, is to be done now; never for 0."""
@@ -50,7 +61,7 @@ class Session:
         if self.due(watch.log_every) or self.due(watch.checkpoint_every) or any(sums.votes):
             for sentence in count_damage(self.setup):
                 self.line.say(f"step {state.step:,}: replaced a damaged sample: {sentence}")
-        if self.due(watch.log_every) or not sums.finite:
+        if self.due(watch.log_every) or sums.trouble:
             self.record(self._measured(sums))
 
     def evaluate(self) -> None:
@@ -125,7 +136,7 @@ class Session:
         }
         if state.damaged:
             values["damaged"] = state.damaged
-        return values if sums.finite else values | {"skipped": state.skipped}
+        return values | {"skipped": state.skipped} if sums.trouble else values
 
     def _written(self) -> None:
         problem = self.saver.finish()
