@@ -25,6 +25,7 @@ from pretrain.run import RunFolder
 from pretrain.saver import saving
 from pretrain.session import Session
 from pretrain.setup import Setup, prepare
+from pretrain.watchdog import Watchdog
 from pretrain.whole import whole
 
 
@@ -64,11 +65,13 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
         run.watched(state),
         heard(accelerator),
         saving(accelerator, run.checkpoints, recipe.watch, start) as saver,
+        _watchdog(setup, run).watching() as watchdog,
     ):
-        _run(Session(setup, run, line, saver, saved=state.step if start else None))
-        final = whole(setup)
-        if setup.main:
-            export(recipe, final.state, setup.data, run.export)
+        _run(Session(setup, run, line, saver, watchdog, saved=state.step if start else None))
+        with watchdog.during("the export"):
+            final = whole(setup)
+            if setup.main:
+                export(recipe, final.state, setup.data, run.export)
     accelerator.end_training()
     return run.export
 
@@ -81,8 +84,7 @@ def _run(session: Session) -> None:
     while state.step < setup.steps:
         began = time.monotonic()
         sums = take_step(setup, batches)
-        session.pace.add(time.monotonic() - began, sums.waited)
-        session.log(sums)
+        session.log(sums, time.monotonic() - began)
         if sums.trouble:
             keep_evidence(session, sums)
             if state.skipped > setup.recipe.train.skips:
@@ -118,6 +120,19 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     state.step, state.position = state.step + 1, setup.loader.position
     setup.preemption.started = True
     return sums
+
+
+def _watchdog(setup: Setup, run: RunFolder) -> Watchdog:
+    watch, state = setup.recipe.watch, setup.state
+
+    def say(reason: str) -> None:
+        run.status("hung", step=state.step, reason=reason)
+        run.writes = False  # whatever the main thread still meets, this was the cause
+
+    def folder() -> Path:
+        return run.path / "stacks" / f"step-{state.step:09d}"
+
+    return Watchdog(folder, watch.hang_factor, watch.hang_seconds, setup.accelerator.process_index, say)
 
 
 def _opening(setup: Setup, start: Path | None) -> str:

@@ -106,6 +106,11 @@ class WatchConfig(BaseModel):
     """Checkpoints of every so many steps are kept for good; 0 for none."""
     max_time: Annotated[float, BeforeValidator(seconds_of), Field(gt=0)] | None = None
     """Seconds, or "hours:minutes:seconds", from the start of the launcher to a saved stop; a scheduler's limit."""
+    hang_factor: float = Field(default=30.0, ge=0)
+    """Median step times without a step after which a run counts as hung; its stacks are written, and it ends. 0: never.
+    The first step, evaluations and saves have ten times as long."""
+    hang_seconds: float = Field(default=600.0, gt=0)
+    """But never before this many seconds."""
     trackers: list[str] = Field(default_factory=list)
     """Accelerate's trackers: tensorboard, wandb, mlflow, …"""
 

@@ -19,6 +19,7 @@ from pretrain.progress import ProgressLine
 from pretrain.run import RunFolder
 from pretrain.saver import Saver
 from pretrain.setup import Setup
+from pretrain.watchdog import Watchdog
 from pretrain.whole import whole
 
 
@@ -30,6 +31,7 @@ class Session:
     run: RunFolder
     line: ProgressLine
     saver: Saver
+    watchdog: Watchdog
     saved: int | None
     """The step of the newest checkpoint, or of the one that is being written; None before the first."""
     pace: Pace = field(default_factory=Pace)
@@ -53,9 +55,11 @@ class Session:
         """Whether something done `every` so many steps, and at the last, is to be done now; never for 0."""
         return bool(every) and (self.setup.state.step % every == 0 or self.setup.state.step == self.setup.steps)
 
-    def log(self, sums: Sums) -> None:
-        """Say how the step just taken went, where that is due."""
+    def log(self, sums: Sums, seconds: float) -> None:
+        """Note the step just taken, which took `seconds`, and say how it went where that is due."""
         watch, state = self.setup.recipe.watch, self.setup.state
+        self.pace.add(seconds, sums.waited)
+        self.watchdog.step(seconds)
         self.means = sums.means
         self.line.show(state.step, sums.means["loss"], self.pace)
         if self.due(watch.log_every) or self.due(watch.checkpoint_every) or any(sums.votes):
@@ -69,7 +73,8 @@ class Session:
         state = self.setup.state
         if not self.due(self._cadence) or state.extra.get("evaluated", 0) == state.step:
             return
-        values = evaluate(whole(self.setup))
+        with self.watchdog.during("an evaluation"):
+            values = evaluate(whole(self.setup))
         self.stop_if(self.setup.preemption.agreed(self.setup.accelerator))
         state.extra["evaluated"] = state.step
         if values:
@@ -80,10 +85,11 @@ class Session:
     def save(self) -> None:
         """Begin to write a checkpoint; says what became of the one before."""
         state, preemption = self.setup.state, self.setup.preemption
-        problem = self.saver.finish()
-        if problem:
-            self.line.say(f"{problem}; the run goes on, and would resume from {self._last}")
-        self.saver.save(state.step, state.snapshot(self.setup.recipe, self.setup.data.facts))
+        with self.watchdog.during("a save"):
+            problem = self.saver.finish()
+            if problem:
+                self.line.say(f"{problem}; the run goes on, and would resume from {self._last}")
+            self.saver.save(state.step, state.snapshot(self.setup.recipe, self.setup.data.facts))
         self.saved = state.step
         preemption.save_seconds = max(preemption.save_seconds, self.saver.seconds)
         facts = {"checkpoint": self.saver.last and self.saver.last.name, "problem": problem, "damaged": state.damaged}
@@ -96,7 +102,8 @@ class Session:
         self.setup.state.extra["means"] = self.means
         if self.saved != self.setup.state.step:
             self.save()
-        problem = self.saver.finish()
+        with self.watchdog.during("a save"):
+            problem = self.saver.finish()
         if problem:
             self.line.say(f"{problem}; the run will go on from {self._last}")
         self.setup.preemption.obeyed()
@@ -105,7 +112,8 @@ class Session:
     def finish(self) -> None:
         """Wait for the last checkpoint; raises `UserError`, everywhere, when it could not be written."""
         self.line.end()
-        on_main(self.setup.accelerator, self._written)
+        with self.watchdog.during("a save"):
+            on_main(self.setup.accelerator, self._written)
 
     def record(self, values: dict[str, float]) -> None:
         """To metrics.jsonl and to the trackers."""
