@@ -213,13 +213,18 @@ def _labels(path: Path, samples: list[tuple[str, dict[str, tuple[int, int]]]]) -
         for number, (key, found) in enumerate(samples):
             if "cls" in found:
                 offset, size = found["cls"]
-                text = os.pread(descriptor, min(size, 32), offset).decode("ascii", "replace").strip()
-                if not _NUMBER.fullmatch(text):
-                    raise UserError(f"{path}: the label of sample {key!r} is {text!r}, not a class number")
-                labels[number] = int(text)
+                labels[number] = class_number(os.pread(descriptor, min(size, 32), offset), path, key)
     finally:
         os.close(descriptor)
     return labels
+
+
+def class_number(text: bytes, path: object, key: str) -> int:
+    """What a `cls` part says; raises `UserError`, naming tar and sample, where that is no number."""
+    label = text[:32].decode("ascii", "replace").strip()
+    if not _NUMBER.fullmatch(label):
+        raise UserError(f"{path}: the label of sample {key!r} is {label!r}, not a class number")
+    return int(label)
 
 
 def checksum(payload: bytes) -> int:

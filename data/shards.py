@@ -153,10 +153,13 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def write_manifest(folder: Path, kind: str, about: dict[str, Any], shards: list[dict[str, Any]]) -> None:
-    """Make the shards in `folder` a dataset; `about` are the fields that say what it is (see `fingerprint`)."""
+def write_manifest(folder: Path, kind: str, about: dict[str, Any], shards: list[dict[str, Any]], **notes: Any) -> None:
+    """Make the shards in `folder` a dataset.
+
+    `about` are the fields that say what it is (see `fingerprint`), `notes` others, about how it came to be.
+    """
     facts = {"kind": kind} | about
-    manifest = {"format": FORMAT, "fingerprint": fingerprint(shards, facts)} | facts | {"shards": shards}
+    manifest = {"format": FORMAT, "fingerprint": fingerprint(shards, facts)} | facts | notes | {"shards": shards}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False))
 
 

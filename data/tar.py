@@ -38,6 +38,15 @@ class Member(NamedTuple):
     """How many there are."""
 
 
+class JoinedTars(UserError):
+    """Something follows a tar's end marker."""
+
+    def __init__(self, sentence: str, rest: bytes) -> None:
+        """`rest`: the bytes read, from the first block on that is not all zeros."""
+        super().__init__(sentence)
+        self.rest = rest
+
+
 class Bytes(Protocol):
     """What a tar is read from; `seek` only ever goes forward."""
 
@@ -95,7 +104,7 @@ def walk(file: Bytes, total: int | None, path: str) -> Iterator[Member]:
         if header.count(0) == BLOCK:
             if records.pending:
                 raise _cut_off(path, position)
-            _only_zeros(file, total, path)
+            _only_zeros(file, path)
             return
         _check(header, path, position)
         kind, length = header[156:157], _number(header[124:136], path, position)
@@ -164,12 +173,14 @@ def _cut_off(path: str, position: int, boundary: bool = False) -> UserError:
     return UserError(f"{path} is cut off after {position} bytes; copy it again")
 
 
-def _only_zeros(file: Bytes, total: int | None, path: str) -> None:
-    while rest := file.read(1 << 16):
-        if rest.count(0) != len(rest):
-            raise UserError(
+def _only_zeros(file: Bytes, path: str) -> None:
+    while chunk := file.read(1 << 16):
+        if chunk.count(0) != len(chunk):
+            first = next(at for at in range(0, len(chunk), BLOCK) if chunk[at : at + BLOCK].strip(b"\0"))
+            raise JoinedTars(
                 f"{path} goes on behind its end marker, as joined tars do; write its samples anew with "
-                f"`headwater shard convert --salvage {path} OUT`"
+                f"`headwater shard convert --salvage {path} OUT`",
+                chunk[first:],
             )
 
 

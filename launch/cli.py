@@ -103,6 +103,11 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     images.add_argument("out", type=Path, help="folder to make")
     images.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns file and label")
     images.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
+    images.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each core)")
+    images.add_argument("--resize", type=int, metavar="SIDE", help="shrink pictures to this shorter side, in pixels")
+    images.add_argument("--quality", type=int, help="encode all as JPEG of this quality (1-95; shrunk ones: 90)")
+    images.add_argument("--dedup", action="store_true", help="store only the first of files with the same bytes")
+    images.add_argument("--beside", nargs="+", default=[], metavar="EXT", help="store files beside pictures: txt json")
     text = _add(
         kinds, "text", commands.shard_text, "text, JSONL or parquet files (.gz, .zst too) -> shards of token ids"
     )
@@ -116,7 +121,18 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     )
     text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")
     text.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
+    convert = _add(kinds, "convert", commands.shard_convert, "tars made elsewhere, compressed ones too -> shards")
+    convert.add_argument("source", nargs="+", help="tars, folders, patterns; paths or URLs")
+    convert.add_argument("out", type=Path, help="folder to make")
+    convert.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
+    convert.add_argument("--salvage", action="store_true", help="take what can be read of damaged and joined tars")
+    convert.add_argument("--last-dot", action="store_true", help="keys end at a name's last dot, not at its first")
+    merge = _add(kinds, "merge", commands.shard_merge, "join the parts of a dataset that --part wrote")
+    merge.add_argument("out", type=Path, help="folder that the parts were written to")
+    _json(merge)
     for parser in (images, text):
+        parser.add_argument("--part", metavar="I/N", help="write part I (from 0) of N; then: headwater shard merge OUT")
+    for parser in (images, text, convert):
         parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
         _json(parser)
 

@@ -18,39 +18,104 @@ def quickstart(arguments: argparse.Namespace) -> int:
 
 def shard_images(arguments: argparse.Namespace) -> int:
     """`headwater shard images`."""
-    from data.image_shards import shard_images
+    import os
 
+    from data.image_shards import Choices, shard_images
+    from data.parts import parse_part
+    from data.reencode import Remaking
+
+    choices = Choices(
+        labels=arguments.labels,
+        samples_per_shard=arguments.shard_size,
+        remaking=Remaking(arguments.resize, arguments.quality),
+        dedup=arguments.dedup,
+        beside=tuple(arguments.beside),
+    )
     summary = shard_images(
         arguments.source,
         arguments.out,
-        labels=arguments.labels,
+        choices,
+        workers=arguments.workers if arguments.workers is not None else os.cpu_count() or 1,
+        part=parse_part(arguments.part) if arguments.part else None,
+        overwrite=arguments.overwrite,
+    )
+    if summary.get("already"):
+        return _tell(summary, f"part {arguments.part} of {arguments.out} is already done", arguments)
+    lines = [f"{summary['samples']:,} pictures of {len(summary['classes'])} classes in {arguments.out}"]
+    if "remade" in summary:
+        side = f"shorter side at most {summary['shorter_side']}, " if summary["shorter_side"] else ""
+        lines.append(
+            f"{summary['remade']:,} encoded anew ({side}JPEG quality {summary['jpeg_quality']}): "
+            f"{summary['bytes_read']:,} bytes became {summary['bytes_stored']:,}"
+        )
+    if "duplicates" in summary:
+        disputed = f", {summary['disputed']:,} of them under another label" if summary["disputed"] else ""
+        lines.append(f"{summary['duplicates']:,} duplicates left out{disputed}")
+    lines += _unreadable(summary["unreadable"])
+    return _tell(summary, "\n".join([*lines, _next_of_shards(arguments, "RECIPE")]), arguments)
+
+
+def _unreadable(found: list[tuple[str, str]]) -> list[str]:
+    lines = [f"left out {len(found)} unreadable:"] if found else []
+    lines += [f"  {name}: {reason}" for name, reason in found[:50]]
+    return lines + ([f"  … and {len(found) - 50} more"] if len(found) > 50 else [])
+
+
+def _next_of_shards(arguments: argparse.Namespace, recipe: str) -> str:
+    if getattr(arguments, "part", None):
+        return f"next, when all parts are done: headwater shard merge {arguments.out}"
+    return f"next: headwater pretrain {recipe} data.train={arguments.out}"
+
+
+def shard_convert(arguments: argparse.Namespace) -> int:
+    """`headwater shard convert`."""
+    from dataclasses import asdict
+
+    from data.convert import Reading, convert
+
+    done = convert(
+        arguments.source,
+        arguments.out,
+        Reading(arguments.salvage, arguments.last_dot),
         samples_per_shard=arguments.shard_size,
         overwrite=arguments.overwrite,
     )
-    unreadable = summary["unreadable"]
-    lines = [f"{summary['samples']:,} pictures of {len(summary['classes'])} classes in {arguments.out}"]
-    lines += [f"left out {len(unreadable)} unreadable:"] if unreadable else []
-    lines += [f"  {name}: {reason}" for name, reason in unreadable[:50]]
-    lines += [f"  … and {len(unreadable) - 50} more"] if len(unreadable) > 50 else []
-    lines.append(f"next: headwater pretrain RECIPE data.train={arguments.out}")
-    return _tell(summary, "\n".join(lines), arguments)
+    lines = [f"{done.samples:,} samples in {done.shards:,} shards in {arguments.out}"]
+    lines += [f"salvaged, not whole: {sentence}" for sentence in done.damaged]
+    lines += [f"left out {done.without_picture:,} samples without a picture"] if done.without_picture else []
+    lines += [f"left out {count:,} parts named .{part}" for part, count in sorted(done.other_parts.items())[:20]]
+    lines += [f"renamed {done.renamed:,} samples whose key was taken"] if done.renamed else []
+    lines += _unreadable(done.unreadable)
+    return _tell(asdict(done), "\n".join([*lines, _next_of_shards(arguments, "RECIPE")]), arguments)
+
+
+def shard_merge(arguments: argparse.Namespace) -> int:
+    """`headwater shard merge`."""
+    from data.parts import merge
+
+    summary = merge(arguments.out)
+    if not summary["parts"]:
+        return _tell(summary, f"{arguments.out} is joined already", arguments)
+    left = f", {summary['unreadable']:,} unreadable left out" if summary["unreadable"] else ""
+    text = f"{summary['parts']} parts joined: {summary['samples']:,} samples in {summary['shards']:,} shards{left}"
+    return _tell(summary, f"{text}\n{_next_of_shards(arguments, 'RECIPE')}", arguments)
 
 
 def shard_text(arguments: argparse.Namespace) -> int:
     """`headwater shard text`."""
     from data.text import shard_text
 
-    summary = shard_text(
-        arguments.source,
-        arguments.out,
-        vocab_size=arguments.vocab_size,
-        tokenizer=arguments.tokenizer,
-        validation=arguments.validation,
-        document=arguments.document,
-        field=arguments.field,
-        overwrite=arguments.overwrite,
-        workers=arguments.workers,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": arguments.vocab_size,
+        "tokenizer": arguments.tokenizer,
+        "validation": arguments.validation,
+        "document": arguments.document,
+        "field": arguments.field,
+        "workers": arguments.workers,
+    }
+    if arguments.part:
+        return _shard_text_part(arguments, settings)
+    summary = shard_text(arguments.source, arguments.out, overwrite=arguments.overwrite, **settings)
     held = summary["validation"]
     text = (
         f"{summary['tokens']:,} tokens of {summary['documents']:,} documents in {arguments.out} "
@@ -60,6 +125,20 @@ def shard_text(arguments: argparse.Namespace) -> int:
         + f"next: headwater pretrain next_token_small data.train={arguments.out}"
     )
     return _tell(summary, text, arguments)
+
+
+def _shard_text_part(arguments: argparse.Namespace, settings: dict[str, Any]) -> int:
+    from data.errors import UserError
+    from data.parts import parse_part
+    from data.text_parts import shard_text_part
+
+    if arguments.overwrite:
+        raise UserError("--overwrite and --part do not go together: other parts may be at work; remove OUT first")
+    summary = shard_text_part(arguments.source, arguments.out, parse_part(arguments.part), **settings)
+    if summary["already"]:
+        return _tell(summary, f"part {arguments.part} of {arguments.out} is already done", arguments)
+    text = f"{summary['tokens']:,} tokens of {summary['documents']:,} documents in part {arguments.part}"
+    return _tell(summary, f"{text}\n{_next_of_shards(arguments, 'next_token_small')}", arguments)
 
 
 def inspect(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.image_shards import shard_images
+from data.image_shards import Choices, shard_images
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def enlarged(work: Path, base: Pictures, name: str, size: tuple[int, int], count
 
 def _converted(pictures: Pictures, samples_per_shard: int) -> Pictures:
     if not pictures.shards.exists():
-        shard_images(pictures.files, pictures.shards, samples_per_shard=samples_per_shard, progress=False)
+        shard_images(pictures.files, pictures.shards, Choices(samples_per_shard=samples_per_shard), progress=False)
     items = [(str(path), path.parent.name) for path in sorted(pictures.files.rglob("*.jpg"))]
     classes = {name: number for number, name in enumerate(sorted({name for _, name in items}))}
     inputs = [(path, classes[name]) for path, name in items]
