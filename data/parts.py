@@ -101,7 +101,7 @@ class PartFolder:
 
     def clear(self, shard: str) -> None:
         """Remove what a killed writer of a shard left."""
-        for path in self.out.glob(f".{shard}*.partial"):
+        for path in self.out.glob(f".{shard.removesuffix('.tar')}.*.partial"):
             path.unlink(missing_ok=True)
 
     def _path(self, shard: str) -> Path:
