@@ -238,8 +238,21 @@ class _Shuffled:
     def ahead(self, position: int, lanes: Sequence[int]) -> None:
         following = self.order.upcoming(position, lanes)
         if following != self._told:
+            self._check_room(self.order.at_hand(position, lanes))
             self.dataset.storage.ahead(following)
             self._told = following
+
+    def _check_room(self, shards: Sequence[int]) -> None:
+        """A cache that cannot hold what is mixed would fetch every shard again and again."""
+        room = self.dataset.storage.most_bytes
+        needed = sum(self.dataset.manifest["shards"][shard]["bytes"] for shard in shards)
+        if room is not None and needed > room:
+            fitting = int(self.order.counts[list(shards)].sum() * room / needed / 2)
+            raise UserError(
+                f"mixing the samples of {len(shards)} shards takes {needed / 1e9:.1f} GB of them at hand, more than "
+                f"the {room / 1e9:.1f} GB of the cache; "
+                f"set data.shuffle_samples={fitting} or a larger HEADWATER_CACHE_SIZE"
+            )
 
 
 def _tokens(payload: bytes, dtype: str) -> NDArray[Any]:

@@ -106,17 +106,26 @@ class Order:
         Args:
             lanes: those that the asking process reads; all without it.
         """
+        now, then = [], []
+        for epoch, lane, block in self._blocks_at(position, lanes):
+            now += self._block_shards(epoch, lane, block)
+            last = block + 2 == len(self._lane_bounds(epoch, lane))
+            then += self._block_shards(epoch + 1, lane, 0) if last else self._block_shards(epoch, lane, block + 1)
+        return tuple(dict.fromkeys(now + then))
+
+    def at_hand(self, position: int, lanes: Sequence[int] | None = None) -> tuple[int, ...]:
+        """The shards that are mixed with one another at `position`, and so are read in turn."""
+        found = [shard for block in self._blocks_at(position, lanes) for shard in self._block_shards(*block)]
+        return tuple(dict.fromkeys(found))
+
+    def _blocks_at(self, position: int, lanes: Sequence[int] | None) -> list[tuple[int, int, int]]:
+        """Epoch, lane and number of the block of each lane that holds `position`, or comes to it next."""
         epoch, offset = divmod(position, self.total)
-        now: list[int] = []
-        then: list[int] = []
+        found = []
         for lane in range(self.lanes) if lanes is None else lanes:
             inside = min(offset // self.lanes, self._length(epoch, lane) - 1)
-            bounds = self._lane_bounds(epoch, lane)
-            block = int(np.searchsorted(bounds, inside, side="right")) - 1
-            now += self._block_shards(epoch, lane, block)
-            follows = (epoch, lane, block + 1) if block + 2 < len(bounds) else (epoch + 1, lane, 0)
-            then += self._block_shards(*follows)
-        return tuple(dict.fromkeys(now + then))
+            found.append((epoch, lane, int(np.searchsorted(self._lane_bounds(epoch, lane), inside, side="right")) - 1))
+        return found
 
     def _line(self, epoch: int, lane: int, insides: Ints) -> Ints:
         """Places on the epoch's line of places within one lane."""

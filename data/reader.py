@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,8 +20,10 @@ Ints = NDArray[np.int64]
 INDEXED_SAMPLES = 2**22
 """Most samples whose places one reader remembers (32 bytes each, so 128 MiB); the shard in use always counts."""
 _WHOLE_INDEXES = 4
-_AHEAD_BYTES = 2**14
-"""Samples from this size on are asked for all at once before the first is read."""
+_SLOW = 2e-4
+"""Seconds a sample, beyond what copying takes, from which on the storage is taken to be cold."""
+_COPYING = 2e-9
+"""Seconds a byte."""
 
 
 class ShardReader:
@@ -37,6 +40,8 @@ class ShardReader:
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._files: OrderedDict[int, int] = OrderedDict()
         self._remembered = 0
+        self._cold = False
+        """Whether the last reads waited for the storage: then all of the next are asked for before the first."""
 
     def copy(self) -> ShardReader:
         """A reader of the same shards that shares nothing which changes."""
@@ -56,7 +61,12 @@ class ShardReader:
             labels[here] = table[:, 3]
             descriptor = self._file(shard)
             try:
+                if self._cold and len(table) > 1:
+                    _announce(descriptor, table)
+                began = time.perf_counter()
                 found = _read(descriptor, table, places.checked)
+                seconds = time.perf_counter() - began
+                self._cold = seconds > _SLOW * len(table) + _COPYING * max(0, int(table[:, 1].sum()))
             except OSError as error:
                 raise DamagedData(f"cannot read {self.storage.names[shard]}: {error.strerror}") from None
             if isinstance(found, int):
@@ -134,12 +144,15 @@ def _read(descriptor: int, table: Ints, checked: bool) -> list[bytes] | int:
     offsets, sizes, sums, _ = table.T.tolist()
     if len(table) and min(sizes) < 0:
         return sizes.index(min(sizes))
-    if len(table) > 1 and max(sizes) >= _AHEAD_BYTES:
-        for offset, size in zip(offsets, sizes, strict=True):
-            os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
     payloads = [os.pread(descriptor, size, offset) for size, offset in zip(sizes, offsets, strict=True)]
     found = [isal_zlib.crc32(payload) for payload in payloads] if checked else [len(payload) for payload in payloads]
     right = sums if checked else sizes
     if found != right:
         return [one != other for one, other in zip(found, right, strict=True)].index(True)
     return payloads
+
+
+def _announce(descriptor: int, table: Ints) -> None:
+    """Let the storage fetch all of these at once, not one after the other."""
+    for offset, size in table[:, :2].tolist():
+        os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)

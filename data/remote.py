@@ -81,6 +81,7 @@ class RemoteStorage:
             )
         # A quarter of the cache for each process: those of a machine mostly hold the same shards open.
         self.most_open = max(1, min(64, way.cache.limit // (4 * largest)))
+        self.most_bytes: int | None = way.cache.limit
 
     def index(self, shard: int) -> ShardIndex:
         """See `Storage`."""

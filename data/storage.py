@@ -26,6 +26,8 @@ class Storage(Protocol):
     """A local folder with the dataset's side files (manifest, tokenizer), or where its tars lie."""
     most_open: int
     """Most shards that one process should keep open; the least recently used is closed first."""
+    most_bytes: int | None
+    """Most bytes of shards that can be at hand at a time, None where all of them are."""
 
     def index(self, shard: int) -> ShardIndex:
         """The index of a shard; raises `DamagedData` when it is missing, damaged, or of another tar."""
@@ -51,6 +53,7 @@ class LocalStorage:
     """Tars in folders of this machine (or of a file system that looks like one)."""
 
     most_open = 64
+    most_bytes: int | None = None
 
     def __init__(self, paths: list[Path], shards: list[dict[str, Any]], foreign: bool) -> None:
         """`shards` are the manifest's entries, in the order of `paths`."""

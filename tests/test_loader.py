@@ -252,3 +252,10 @@ def test_text_needs_a_context(tmp_path: Path) -> None:
             ShardedDataset(folder, context=context)
     with pytest.raises(UserError, match="by document"):
         ShardedDataset(folder, context=4).split(0.5)
+
+
+def test_a_cache_too_small_for_what_is_mixed_is_said_at_once(picture_shards: Path) -> None:
+    dataset = ShardedDataset(picture_shards)
+    dataset.storage.most_bytes = sum(shard["bytes"] for shard in dataset.manifest["shards"]) // 2
+    with pytest.raises(UserError, match=r"8 shards takes .* set data\.shuffle_samples=12 or a larger"):
+        next(iter(Loader(dataset, 4, canvas=CANVAS)))

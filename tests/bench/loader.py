@@ -46,8 +46,8 @@ def main() -> None:
     cifar = sets.cifar(arguments.work, arguments.cifar)
     larger = []
     if {"bytes", "decode"} & set(chosen):
-        medium = sets.enlarged(arguments.work, cifar, "ImageNet size", (375, 500), count=1600, noise=13)
-        large = sets.enlarged(arguments.work, cifar, "large photos", (1255, 1477), count=240, noise=6)
+        medium = sets.enlarged(arguments.work, cifar, "ImageNet size", (375, 500), count=1600, noise=26)
+        large = sets.enlarged(arguments.work, cifar, "large photos", (1255, 1477), count=240, noise=11)
         larger = [medium, large]
     print(f"{versions()}; data made or found in {time.monotonic() - began:.0f} s", flush=True)
     steps = {

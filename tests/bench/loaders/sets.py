@@ -104,11 +104,13 @@ def _converted(pictures: Pictures, samples_per_shard: int) -> Pictures:
     classes = {name: number for number, name in enumerate(sorted({name for _, name in items}))}
     inputs = [(path, classes[name]) for path, name in items]
     if not pictures.litdata.exists():
+        import torch.multiprocessing as mp
         from litdata import optimize
 
         partial = pictures.home / "litdata.partial"
         shutil.rmtree(partial, ignore_errors=True)
         optimize(litdata_item, inputs, str(partial), chunk_bytes="64MB", num_workers=1, verbose=False)
+        mp.set_start_method("fork", force=True)  # it leaves "spawn" behind, for every loader after it
         partial.rename(pictures.litdata)
     if not pictures.mds.exists():
         from streaming import MDSWriter
@@ -123,5 +125,6 @@ def _converted(pictures: Pictures, samples_per_shard: int) -> Pictures:
 
 
 def litdata_item(item: tuple[str, int]) -> dict[str, object]:
-    """One sample as litdata stores it."""
-    return {"jpg": Path(item[0]).read_bytes(), "cls": item[1], "name": item[0]}
+    """One sample as litdata stores it; a name that ended in .jpg would be stored, and decoded, as a picture."""
+    path = Path(item[0])
+    return {"jpg": path.read_bytes(), "cls": item[1], "name": f"{path.parent.name}/{path.stem}"}
