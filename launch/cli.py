@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     _shard(sub)
     _inspect(sub)
     _pretrain(sub)
+    _replay(sub)
     _export(sub)
     _finetune(sub)
     _evaluate(sub)
@@ -160,6 +161,15 @@ def _pretrain(sub: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="times to start again after a crash or hang (0)"
     )
+
+
+def _replay(sub: argparse._SubParsersAction) -> None:
+    parser = _add(sub, "replay", commands.replay, "one step of a run again: loss, gradient by layer, bad samples")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("step", type=int, help="as in metrics.jsonl; RUN/bad lists the bad ones")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change, e.g. data.train=SHARDS")
+    parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="state to start from")
+    _json(parser)
 
 
 def _export(sub: argparse._SubParsersAction) -> None:

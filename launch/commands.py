@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from typing import Any
 
@@ -174,6 +175,17 @@ def pretrain(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path("runs") / load_recipe(arguments.recipe, arguments.settings).name
     words = [arguments.recipe, *arguments.settings, "--resume", arguments.resume, "--output", str(output)]
     return launch(count, words, output, arguments.max_restarts)
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """`headwater replay`: exit status 1 where something is not finite."""
+    from dataclasses import asdict
+
+    from pretrain.replay import describe, replay
+
+    found = replay(arguments.run, arguments.step, arguments.settings, arguments.start)
+    _tell(asdict(found), describe(found), arguments)
+    return 0 if math.isfinite(found.loss) and math.isfinite(found.gradient_norm) else 1
 
 
 def export(arguments: argparse.Namespace) -> int:

@@ -101,10 +101,7 @@ def _run(session: Session) -> None:
 def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     """One optimiser step on the next global batch; a bad one (see `pretrain.guard`) changes nothing but the count."""
     state, recipe = setup.state, setup.recipe
-    progress = (state.step + 0.5) / setup.steps
-    set_rates(state.optimizer, recipe.optimizer, progress, recipe.train.batch_size)
-    # Whatever still draws from torch's global state (dropout in an encoder) depends on the step alone.
-    torch.manual_seed(int(hash64(recipe.seed, state.step, setup.accelerator.process_index) >> 1))
+    progress = begin_step(setup)
     sums = global_gradient(setup, batches, progress)
     if not sums.trouble:
         state.optimizer.step()
@@ -120,6 +117,16 @@ def take_step(setup: Setup, batches: Iterator[Any]) -> Sums:
     state.step, state.position = state.step + 1, setup.loader.position
     setup.preemption.started = True
     return sums
+
+
+def begin_step(setup: Setup) -> float:
+    """Set learning rates and torch's random numbers for the next step; returns its progress."""
+    state, recipe = setup.state, setup.recipe
+    progress = (state.step + 0.5) / setup.steps
+    set_rates(state.optimizer, recipe.optimizer, progress, recipe.train.batch_size)
+    # Whatever still draws from torch's global state (dropout in an encoder) depends on the step alone.
+    torch.manual_seed(int(hash64(recipe.seed, state.step, setup.accelerator.process_index) >> 1))
+    return progress
 
 
 def _watchdog(setup: Setup, run: RunFolder) -> Watchdog:

@@ -94,7 +94,7 @@ def test_a_run_that_stands_still_says_so(digits: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(loop, "take_step", sleeping)
     monkeypatch.setattr(loop, "Watchdog", lambda *words: Watchdog(*words, leave=leave))
-    settings = {"watch.hang_seconds": 2.0, "watch.hang_factor": 2.0}
+    settings = {"watch.hang_seconds": 5.0, "watch.hang_factor": 2.0}
     with pytest.raises(Left):
         train(recipe("mae", digits / "train", settings), tmp_path / "run")
     status = json.loads((tmp_path / "run" / "status.json").read_text())
