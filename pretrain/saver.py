@@ -63,10 +63,12 @@ class Saver:
         """The newest whole checkpoint that is known: where the run started, or what was committed since."""
         self.blocked = 0.0
         """Seconds that the last `save` held up its caller."""
+        self.took = 0.0
+        """Seconds from the call of the last save that has ended until it was on the disk."""
         self.seconds = 0.0
         """The longest that a save has taken from its begin until it was whole on disk."""
         self._began = 0.0
-        self._count = 0
+        self._count, self._began = 0, 0.0
         self._host: dict[str, HostFile] = {}
         self._thread: threading.Thread | None = None
         self._raised: BaseException | None = None
@@ -79,6 +81,7 @@ class Saver:
         self._began = began = time.monotonic()
         self.finish()
         self._count += 1
+        self._began = time.monotonic()
         pieces = {kind: self._mine(tensors) for kind, tensors in snapshot.tensors.items()}
         sharded = any(p.rows is not None for part in pieces.values() for p in part.values())
         if self.rank == 0 or sharded:
@@ -132,7 +135,7 @@ class Saver:
             written = self._write_files(partial, state, sharded)
             if self.rank == 0:
                 self.last = checkpoint.commit(partial, name, dict(sorted(written.items())))
-            self.problem = None
+            self.problem, self.took = None, time.monotonic() - self._began
             self._tidy(name)
             self.seconds = max(self.seconds, time.monotonic() - self._began)
         except (OSError, SafetensorError) as error:

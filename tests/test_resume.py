@@ -209,9 +209,9 @@ def test_two_processes_killed_often_and_resumed(objective: str, digits: Path, se
 
 @pytest.mark.slow
 def test_killed_at_fifty_random_moments(digits: Path, tmp_path: Path) -> None:
-    settings = {"train.steps": 1500, "train.ema": 0.9, "train.batch_size": 4, "watch.log_every": 50}
+    settings = {"train.steps": 600, "train.ema": 0.9, "train.batch_size": 4, "watch.log_every": 50}
     server = Path(__file__).with_name("kill_server.py")
-    for run, kills, every in (("straight", 0, 500), ("killed", 50, 3)):
+    for run, kills, every in (("straight", 0, 500), ("killed", 50, 1)):
         path = write_recipe(
             tmp_path / f"{run}.yaml", "mae", digits / "train", settings | {"watch.checkpoint_every": every}
         )
@@ -224,5 +224,5 @@ def test_killed_at_fifty_random_moments(digits: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["steps"] == sorted(found["steps"]), "a newer whole checkpoint was passed over"
-    assert found["met"] > 5, "too few kills met a save"
+    assert found["met"] > 10, "too few kills met a save"
     assert_same(tmp_path / "killed", tmp_path / "straight")
