@@ -33,7 +33,7 @@ class Datasets:
     @property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed: which samples there are, not where they lie."""
-        return {"samples": len(self.train), "fingerprint": self.train.fingerprint}
+        return {"samples": len(self.train), "fingerprint": self.train.fingerprint[:16]}
 
 
 _OBJECTIVES: dict[type, Callable[[Any, Any, Any], Objective]] = {

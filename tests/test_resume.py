@@ -199,9 +199,11 @@ def test_two_processes_killed_and_resumed(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["mae", "next_token"])
-def test_two_processes_killed_often_and_resumed(objective: str, digits: Path, sentences: Path, tmp_path: Path) -> None:
-    settings = {"train.steps": 120, "data.workers": 2, "watch.checkpoint_every": 7}
+@pytest.mark.parametrize(("objective", "shard"), [("mae", True), ("next_token", False)])
+def test_two_processes_killed_often_and_resumed(
+    objective: str, shard: bool, digits: Path, sentences: Path, tmp_path: Path
+) -> None:
+    settings = {"train.steps": 120, "data.workers": 2, "watch.checkpoint_every": 7, "train.shard": shard}
     data = digits / "train" if objective == "mae" else sentences
     path = write_recipe(tmp_path / "tiny.yaml", objective, data, settings)
     killed_and_resumed(two_processes(path), tmp_path, sorted(random.Random(5).sample(range(1, 90), 3)))

@@ -308,3 +308,18 @@ def test_safetensors_itself_reads_what_is_written(tmp_path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in ours.items()}, tmp_path / "theirs.safetensors")
     assert torch.equal(Stored([tmp_path / "theirs.safetensors"]).whole("column"), ours["column"])
     assert json.loads((saver.last / "state.json").read_text()) == {"value": [4.0]}
+
+
+@pytest.mark.gpu
+def test_a_save_from_a_gpu_goes_through_page_locked_memory_and_is_not_moved_by_later_steps(tmp_path: Path) -> None:
+    live = torch.arange(2.0**22, device="cuda")
+    saver = Saver(tmp_path, Retention())
+    for step in (1, 2, 3):
+        live.mul_(2.0)
+        saver.save(step, Checkpoint({"model": {"w": live}}, {}))
+        live.add_(1.0).sub_(1.0)  # queued behind the copy, but what is saved stands
+        expected = torch.arange(2.0**22) * 2.0**step
+        assert saver.finish() is None
+        assert saver._host["model"]._bytes.is_pinned()
+        assert saver.last is not None
+        assert torch.equal(read_tensors(saver.last, "model").whole("w"), expected)
