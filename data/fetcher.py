@@ -64,7 +64,7 @@ class Fetcher:
                 if time.monotonic() > until:
                     raise UserError(
                         f"the cache {self.cache.folder} of {self.cache.limit:,} bytes is full of files in use; set "
-                        "HEADWATER_CACHE_SIZE to hold about 40 shards"
+                        "HEADWATER_CACHE_SIZE to hold twice what is shuffled together (data.shuffle_samples)"
                     ) from None
                 time.sleep(_POLL)
 

@@ -13,7 +13,6 @@ from PIL import Image
 from data.dataset import ShardedDataset
 from data.duplicates import duplicates
 from data.errors import DamagedData, UserError
-from data.files import sha256
 from data.images import UnreadableImage, open_image
 
 _SAMPLED = 200
@@ -52,10 +51,7 @@ def inspect(source: str | Path, *, verify: bool = True) -> dict[str, Any]:
             problems.append(str(error))
         report["pictures"] = _look(dataset, problems)
     if verify:
-        for shard, path in zip(shards, dataset.paths, strict=True):
-            for file, name in ((path, "sha256"), (path.with_suffix(".index"), "index_sha256")):
-                if name in shard and _digest(file) != shard[name]:
-                    problems.append(f"{file} does not match its checksum; restore it or write the dataset again")
+        problems += [sentence for shard in range(len(shards)) for sentence in dataset.storage.verify(shard)]
         try:
             report["duplicates"] = duplicates(dataset)
         except DamagedData as error:
@@ -75,14 +71,6 @@ def _tails(dataset: ShardedDataset) -> dict[str, float]:
     """The share of tokens in no row, at some contexts for which there is a row at all."""
     longest = max(shard["tokens"] for shard in dataset.manifest["shards"])
     return {str(context): round(dataset.tail_at(context), 6) for context in _CONTEXTS if context < longest}
-
-
-def _digest(path: Path) -> str | None:
-    """SHA-256, None for a file that cannot be read."""
-    try:
-        return sha256(path)
-    except OSError:
-        return None
 
 
 def _look(dataset: ShardedDataset, problems: list[str]) -> dict[str, Any]:

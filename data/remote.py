@@ -77,7 +77,7 @@ class RemoteStorage:
         if 2 * largest > way.cache.limit:
             raise UserError(
                 f"the cache {way.cache.folder} may hold {way.cache.limit:,} bytes, too few for shards of {largest:,}; "
-                "set HEADWATER_CACHE_SIZE to about 40 shards"
+                "set HEADWATER_CACHE_SIZE to hold twice what is shuffled together (data.shuffle_samples)"
             )
         # A quarter of the cache for each process: those of a machine mostly hold the same shards open.
         self.most_open = max(1, min(64, way.cache.limit // (4 * largest)))
@@ -105,7 +105,13 @@ class RemoteStorage:
         return self._held(self._tars[shard])
 
     def ahead(self, shards: Sequence[int]) -> None:
-        """See `Storage`."""
+        """See `Storage`; raises `UserError` when the block that is shuffled cannot fit into the cache."""
+        need, limit = sum(self._shards[shard]["bytes"] for shard in shards) // 2, self._way.cache.limit
+        if need > limit:  # half of them: those of the next block come as the present ones go
+            raise UserError(
+                f"samples are shuffled within about {need:,} bytes of shards, and the cache {self._way.cache.folder} "
+                f"may hold {limit:,}; set HEADWATER_CACHE_SIZE to twice the former, or lower data.shuffle_samples"
+            )
         wanted = []
         for shard in shards:
             wanted += [self._indexes[shard]] if self._indexes is not None else []
@@ -115,10 +121,15 @@ class RemoteStorage:
     def check(self, shard: int, descriptor: int) -> None:
         """Nothing: a file in the cache is written once."""
 
-    def tar(self, shard: int) -> Path:
-        """See `Storage`; only for a moment, since the cache may let it go."""
-        os.close(self.open(shard))
-        return self._way.cache.path(self._tars[shard].key)
+    def verify(self, shard: int) -> list[str]:
+        """See `Storage`: whatever is fetched is compared with the manifest."""
+        wrong = []
+        for remote in [self._tars[shard]] + ([self._indexes[shard]] if self._indexes is not None else []):
+            try:
+                os.close(self._held(remote))
+            except DamagedData as error:
+                wrong.append(str(error))
+        return wrong
 
     def _held(self, remote: Remote) -> int:
         """A descriptor of the cached file, fetched first where needed."""

@@ -45,8 +45,8 @@ class Storage(Protocol):
 
         For tars without checksums (made elsewhere), whose bytes nothing else vouches for."""
 
-    def tar(self, shard: int) -> Path:
-        """A whole local copy of the tar, its index beside it where the dataset is ours; for checksums."""
+    def verify(self, shard: int) -> list[str]:
+        """What is wrong with a shard's tar and index as whole files, by the manifest's checksums."""
 
 
 class LocalStorage:
@@ -96,9 +96,22 @@ class LocalStorage:
         if shard in self._stamps and _stamp(os.fstat(descriptor)) != self._stamps[shard]:
             raise DamagedData(f"{self.names[shard]} has changed since it was indexed; restore it or start again")
 
-    def tar(self, shard: int) -> Path:
-        """See `Storage`."""
-        return self.names[shard]
+    def verify(self, shard: int) -> list[str]:
+        """See `Storage`; of tars made elsewhere nothing is known."""
+        tar, described = self.names[shard], self._shards[shard]
+        wrong = []
+        for file, name in ((tar, "sha256"), (tar.with_suffix(".index"), "index_sha256")):
+            if name in described and _digest(file) != described[name]:
+                wrong.append(f"{file} does not match its checksum; restore it or write the dataset again")
+        return wrong
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256, None for a file that cannot be read."""
+    try:
+        return sha256(path)
+    except OSError:
+        return None
 
 
 def our_index(path: Path, described: dict[str, Any]) -> ShardIndex:

@@ -28,6 +28,7 @@ from data.cache import Cache, Full, cache_from_environment, parse_size
 from data.dataset import ShardedDataset
 from data.errors import DamagedData, UserError
 from data.fetcher import Fetcher
+from data.inspect import inspect
 from data.loader import Loader
 from data.transfer import Remote
 
@@ -156,6 +157,8 @@ def test_a_remote_shard_that_is_missing_or_another_is_damage(served: FolderServe
     for identity, message in ((7, "does not exist"), (14, "bytes"), (28, "does not hold the bytes that its manifest")):
         with pytest.raises(DamagedData, match=message):
             dataset.image(identity)
+    problems = inspect(f"{served.url}/ds")["problems"]
+    assert {number for number in range(8) if any(f"shard-00000{number}.tar" in each for each in problems)} == {1, 2, 4}
     loader = Loader(ShardedDataset(f"{served.url}/ds", tolerance=40), batch_size=25, canvas=8)
     ids = {int(i) for batch in islice(loader, 2) for i in batch.ids}
     assert loader.damaged == 21
@@ -232,7 +235,7 @@ def test_a_killed_downloader_is_replaced_and_ends_with_its_reader(served: Folder
     reader.join(10)
 
 
-def test_s3(picture_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3(picture_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real S3 server, the settings by environment alone; ours, foreign tars, text with its tokenizer."""
     with s3_server() as endpoint:
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
@@ -242,7 +245,7 @@ def test_s3(picture_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for path in picture_shards.iterdir():
             store.put_file(str(path), f"bucket/deep/ds/{path.name}")
         assert stream("s3://bucket/deep/ds", workers=1) == stream(picture_shards)
-        tars = sorted(picture_shards.glob("*.tar"))
+        tars = [shutil.copy(tar, tmp_path) for tar in sorted(picture_shards.glob("*.tar"))]
         assert ShardedDataset("s3://bucket/deep/ds/*.tar").fingerprint == ShardedDataset(tars).fingerprint
         assert len(ShardedDataset("s3://bucket/deep/ds/shard-00000{0,2}.tar")) == 14
         for source in ("s3://bucket/none.tar", "s3://nobucket/none.tar"):
@@ -364,6 +367,9 @@ def test_a_small_cache_is_enough_for_reading_and_too_small_a_one_is_named(
         seen.append(dataset.image(identity))
         assert Cache(tmp_path / "cache", 0).used() <= 5 * largest
     assert seen == everything(ShardedDataset(picture_shards))
+    monkeypatch.setenv("HEADWATER_CACHE_SIZE", str(3 * largest))
+    with pytest.raises(UserError, match=r"shuffled within about .* lower data\.shuffle_samples"):
+        stream(f"{served.url}/ds")
     monkeypatch.setenv("HEADWATER_CACHE_SIZE", str(largest))
     with pytest.raises(UserError, match="too few for shards of"):
         ShardedDataset(f"{served.url}/ds")
