@@ -74,9 +74,9 @@ class Loader:
         """
         self.share = Share(rank, world_size, microbatch, lanes, shuffle_samples)
         self._size_at = batch_size if callable(batch_size) else None
-        self.batch_size = batch_size(start) if callable(batch_size) else batch_size
-        self.share.check(self.batch_size)
+        self._size = 0 if callable(batch_size) else batch_size
         self.position = start
+        self.share.check(self.batch_size)
         self.damaged: int = 0
         """Damaged samples that this process has replaced (see `data.damage`); never more than the dataset tolerates."""
         self._tolerance = dataset.tolerance
@@ -87,6 +87,11 @@ class Loader:
         if decode is None and canvas is not None:
             decode = CanvasDecoder(canvas)
         self._loader: Iterable[Any] = _torch_loader(dataset, self._requests, workers, decode, pin_memory)
+
+    @property
+    def batch_size(self) -> int:
+        """Samples of the next global batch."""
+        return self._sizes(self.position)
 
     @property
     def microbatch(self) -> int:
@@ -107,7 +112,7 @@ class Loader:
             self._count(mended.reports)
             end = ends.popleft()
             if end is not None:
-                self.position, self.batch_size = end, self._sizes(end)
+                self.position = end
             yield mended.batch
 
     def take_damage(self) -> tuple[int, list[str]]:
@@ -128,7 +133,7 @@ class Loader:
             )
 
     def _sizes(self, position: int) -> int:
-        return self.batch_size if self._size_at is None else self._size_at(position)
+        return self._size if self._size_at is None else self._size_at(position)
 
 
 def sequential(

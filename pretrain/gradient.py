@@ -19,6 +19,7 @@ from pretrain.norm import StatisticsGuard, untracked
 from pretrain.objectives.protocol import JointObjective, Output
 from pretrain.setup import Setup
 from pretrain.sharding import is_sharded, local, total_norm
+from pretrain.warmup import cut
 
 
 @dataclass
@@ -64,8 +65,8 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     """
     accelerator, objective = setup.accelerator, setup.state.objective
     guard = StatisticsGuard(objective)
-    source = _Timed(setup, batches)
-    cached = objective.joint and setup.loader.accumulation > 1
+    source = _Source(setup, batches, progress)
+    cached = objective.joint and source.accumulation > 1
     gathered = (_cached if cached else _accumulated)(setup, source, progress)
     names = sorted(gathered.metrics)
     values = [gathered.loss_sum, gathered.target_count] + [gathered.metrics[name] for name in names]
@@ -73,7 +74,7 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     mine = torch.cat([torch.stack([value.detach().double() for value in values]), ballot])
     totals = accelerator.reduce(mine.clone(), reduction="sum")
     statistics = {name: accelerator.reduce(value, reduction="sum") for name, value in gathered.statistics.items()}
-    norm = _scale_and_clip(setup, totals[1])
+    norm = _scale_and_clip(setup, source.size, totals[1])
     loss, count, *rest, norm_value, own = torch.cat([totals, norm[None], mine[:1]]).tolist()
     metrics, votes = dict(zip(names, rest, strict=False)), rest[len(names) :]
     sums = Sums(loss, count, norm_value, metrics, source.waited, votes, source.seen, own, statistics=statistics)
@@ -84,12 +85,16 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     return sums
 
 
-class _Timed:
-    """The global batch's microbatches, on the device, and the seconds they were waited for."""
+class _Source:
+    """One global batch's microbatches, on the device, and the seconds they were waited for."""
 
-    def __init__(self, setup: Setup, batches: Iterator[Any]) -> None:
+    def __init__(self, setup: Setup, batches: Iterator[Any], progress: float) -> None:
         self.batches, self.device, self.waited = batches, setup.accelerator.device, 0.0
         self.seen: list[Any] = []
+        # The loader's own numbers become the next batch's once this one's last piece is read.
+        self.size, self.accumulation = setup.loader.batch_size, setup.loader.accumulation
+        warmup, encoder = setup.recipe.train.context_warmup, setup.recipe.encoder
+        self.pieces = warmup.pieces(progress, encoder.context) if warmup and encoder.kind == "text" else 1
 
     def __next__(self) -> Any:
         asked = time.monotonic()
@@ -97,20 +102,20 @@ class _Timed:
         self.seen.append((batch.ids, batch.keys))
         batch = batch.to(self.device, non_blocking=True)
         self.waited += time.monotonic() - asked
-        return batch
+        return cut(batch, self.pieces) if self.pieces > 1 else batch
 
 
-def _accumulated(setup: Setup, source: _Timed, progress: float) -> Output:
+def _accumulated(setup: Setup, source: _Source, progress: float) -> Output:
     """One forward and backward pass a microbatch; processes' gradients are averaged with the last."""
-    accelerator, loader = setup.accelerator, setup.loader
+    accelerator = setup.accelerator
     parts = []
-    for number in range(loader.accumulation):
+    for number in range(source.accumulation):
         batch = next(source)
         # Sharded gradients are summed over the processes at once: holding them whole would undo the sharding.
-        last = number + 1 == loader.accumulation
+        last = number + 1 == source.accumulation
         with nullcontext() if last or is_sharded(setup.model) else accelerator.no_sync(setup.model):
             output = setup.model(batch, progress)
-            accelerator.backward(output.loss_sum / loader.batch_size)
+            accelerator.backward(output.loss_sum / source.size)
         parts.append(output)
     return Output(
         torch.stack([part.loss_sum.detach().double() for part in parts]).sum(),
@@ -126,7 +131,7 @@ def _added(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
 
 
-def _cached(setup: Setup, source: _Timed, progress: float) -> Output:
+def _cached(setup: Setup, source: _Source, progress: float) -> Output:
     """Gradient caching (GradCache: Gao et al. 2021, section 3): a loss over the whole share in several microbatches.
 
     All are embedded without a gradient, then compared at once, which gives the gradient of the embeddings; then
@@ -135,7 +140,7 @@ def _cached(setup: Setup, source: _Timed, progress: float) -> Output:
     """
     accelerator, objective = setup.accelerator, setup.state.objective
     assert isinstance(objective, JointObjective)
-    batches = [next(source) for _ in range(setup.loader.accumulation)]
+    batches = [next(source) for _ in range(source.accumulation)]
     seed = torch.initial_seed()
     embedded, observed = [], []
     for number, batch in enumerate(batches):
@@ -149,7 +154,7 @@ def _cached(setup: Setup, source: _Timed, progress: float) -> Output:
     constants = {name: torch.cat([part[name] for part in observed]) for name in observed[0]}
     with accelerator.autocast():
         output = objective.compare(leaves | constants, progress)
-    accelerator.backward(output.loss_sum / setup.loader.batch_size)
+    accelerator.backward(output.loss_sum / source.size)
     places = {name: [len(part[name]) for part in embedded] for name in leaves}
     gradients = {name: leaf.grad.split(places[name]) for name, leaf in leaves.items() if leaf.grad is not None}
     for number, batch in enumerate(batches):
@@ -178,13 +183,13 @@ def _average_gradients(setup: Setup) -> None:
     torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
 
-def _scale_and_clip(setup: Setup, count: Tensor) -> Tensor:
+def _scale_and_clip(setup: Setup, batch_size: int, count: Tensor) -> Tensor:
     """Turn the accumulated gradient into that of the mean over `count` targets; returns its norm, a scalar."""
     accelerator, clip = setup.accelerator, setup.recipe.train.clip
     accelerator.unscale_gradients(setup.state.optimizer)
     gradients = [p.grad for p in setup.state.objective.parameters() if p.grad is not None]
     # Processes' gradients were averaged and divided by the batch size; the sum over the count is wanted.
-    factor = accelerator.num_processes * setup.loader.batch_size / count.clamp(min=1.0)
+    factor = accelerator.num_processes * batch_size / count.clamp(min=1.0)
     norm = total_norm(gradients).double() * factor
     if clip is not None:
         factor = factor * (clip / (norm + 1e-6)).clamp(max=1.0)

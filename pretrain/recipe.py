@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -15,6 +15,7 @@ from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.pictures import PictureConfig
 from pretrain.objectives.texts import TextObjectiveConfig
 from pretrain.optimizer_settings import AdamWConfig, AnyOptimizer
+from pretrain.warmup import BatchWarmup, ContextWarmup
 
 
 class DataConfig(BaseModel):
@@ -51,6 +52,10 @@ class TrainConfig(BaseModel):
 
     batch_size: int = Field(default=256, gt=0)
     """Samples (pictures, rows) of one global batch, over all processes."""
+    batch_warmup: BatchWarmup | None = None
+    """Begin with smaller global batches; null for `batch_size` throughout."""
+    context_warmup: ContextWarmup | None = None
+    """Begin with shorter rows (text only); null for the encoder's context throughout."""
     steps: int | None = Field(default=None, gt=0)
     """Optimiser steps; give this or `epochs`."""
     epochs: float | None = Field(default=None, gt=0)
@@ -78,6 +83,16 @@ class TrainConfig(BaseModel):
     """Robust z-score above the recent losses from which a step is bad; 8 is cautious. Without it none is."""
     spike_window: int = Field(default=128, ge=8)
     """Losses that a spike is compared with."""
+
+    @model_validator(mode="after")
+    def _grows_evenly(self) -> Self:
+        if self.batch_warmup is not None and self.batch_size % self.batch_warmup.start:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of batch_warmup.start")
+        return self
+
+    def batch_size_at(self, position: int) -> int:
+        """Samples of the global batch that begins at `position`."""
+        return self.batch_size if self.batch_warmup is None else self.batch_warmup.size(position, self.batch_size)
 
 
 class WatchConfig(BaseModel):
@@ -151,7 +166,8 @@ class Recipe(BaseModel):
         if self.train.steps is not None:
             return self.train.steps
         assert self.train.epochs is not None
-        return max(1, round(self.train.epochs * samples / self.train.batch_size))
+        seen, full, warmup = self.train.epochs * samples, self.train.batch_size, self.train.batch_warmup
+        return max(1, round(seen / full) if warmup is None else warmup.steps(seen, full))
 
     def identity(self) -> dict[str, Any]:
         """The parts that decide what is trained: what a checkpoint must agree with to be resumed.

@@ -55,6 +55,12 @@ def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
         raise UserError(f"{origin}: " + "; ".join(explain(problem, tree) for problem in error.errors())) from None
     if (recipe.train.steps is None) == (recipe.train.epochs is None):
         raise UserError(f"{origin}: give exactly one of train.steps and train.epochs")
+    warmup = recipe.train.context_warmup
+    if warmup is not None and (recipe.encoder.kind != "text" or not warmup.fits(recipe.encoder.context)):
+        raise UserError(
+            f"{origin}: train.context_warmup.start {warmup.start} must become encoder.context by doubling, "
+            "and the encoder must be one for text"
+        )
     wanted = recipe.objective.encoder_kind
     if recipe.encoder.kind != wanted:
         raise UserError(

@@ -88,10 +88,10 @@ def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loa
         "lanes": recipe.data.lanes,
         "shuffle_samples": recipe.data.shuffle_samples,
     }
-    canvas, workers = recipe.data.canvas, recipe.data.workers
+    canvas, workers, train = recipe.data.canvas, recipe.data.workers, recipe.train
+    batch_size = train.batch_size if train.batch_warmup is None else train.batch_size_at
     if recipe.data.resident:
         resident = Resident(data.train, canvas, accelerator.device, workers)
-        return ResidentLoader(resident, recipe.train.batch_size, **settings)
+        return ResidentLoader(resident, batch_size, **settings)
     pin_memory = accelerator.device.type == "cuda"
-    batch_size = recipe.train.batch_size
     return Loader(data.train, batch_size, workers=workers, canvas=canvas, pin_memory=pin_memory, **settings)

@@ -59,6 +59,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mae",
         {"optimizer.name": "muon", "optimizer.weight_decay_end": 0.4, "optimizer.layer_decay": 0.8},
     ),
+    "mae, growing batch": ("mae", {"train.batch_warmup": {"start": 4, "samples": 60}, "train.microbatch": 2}),
+    "text, growing context": ("next_token", {"train.context_warmup": {"start": 8, "share": 0.6}}),
     "mae, lamb, wsd": ("mae", {"optimizer.name": "lamb", "optimizer.schedule": "wsd"}),
     "masked": ("masked_language", {"watch.evaluate_every": 5, "objective.unit": "span", "train.microbatch": 4}),
     "text": ("next_token", {"watch.evaluate_every": 5}),
