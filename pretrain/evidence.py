@@ -39,7 +39,7 @@ def keep_evidence(session: Session, sums: Sums) -> None:
         "why": sums.trouble,
         "loss": sums.means["loss"],
         "gradient_norm": sums.norm,
-        "position": state.position - session.setup.loader.batch_size,
+        "position": state.position - sums.samples,
         "epoch": state.position / len(session.setup.data.train),
         "processes": everyone,
     }
@@ -47,7 +47,7 @@ def keep_evidence(session: Session, sums: Sums) -> None:
         _write(session, folder, report)
     if state.skipped == 1 and session.dumped < MOST_STATES:
         session.dumped += 1
-        _dump(session, folder)
+        _dump(session, folder, sums)
 
 
 def _process(session: Session, sums: Sums) -> dict[str, Any]:
@@ -67,11 +67,11 @@ def _write(session: Session, folder: Path, report: dict[str, Any]) -> None:
         session.line.say(f"{folder} cannot be written ({error}); the run goes on")
 
 
-def _dump(session: Session, folder: Path) -> None:
+def _dump(session: Session, folder: Path, sums: Sums) -> None:
     """The state before the step: nothing has changed since but the counts."""
     setup = session.setup
     snapshot = setup.state.snapshot(setup.recipe, setup.data.facts)
-    before = {"step": setup.state.step - 1, "position": setup.state.position - setup.loader.batch_size, "skipped": 0}
+    before = {"step": setup.state.step - 1, "position": setup.state.position - sums.samples, "skipped": 0}
     snapshot.state.update(before)
     accelerator = setup.accelerator
     saver = Saver(folder, Retention(1), accelerator.process_index, accelerator.num_processes, "bad", background=False)

@@ -39,6 +39,8 @@ class Sums:
     """Ids and keys of this process's microbatches, int64 (b,) each."""
     mine: float
     """This process's part of `loss`."""
+    samples: int
+    """Of the global batch."""
     trouble: str | None = None
     """Why the step must change nothing; see `pretrain.guard`."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -77,7 +79,9 @@ def global_gradient(setup: Setup, batches: Iterator[Any], progress: float) -> Su
     norm = _scale_and_clip(setup, source.size, totals[1])
     loss, count, *rest, norm_value, own = torch.cat([totals, norm[None], mine[:1]]).tolist()
     metrics, votes = dict(zip(names, rest, strict=False)), rest[len(names) :]
-    sums = Sums(loss, count, norm_value, metrics, source.waited, votes, source.seen, own, statistics=statistics)
+    sums = Sums(
+        loss, count, norm_value, metrics, source.waited, votes, source.seen, own, source.size, statistics=statistics
+    )
     train, window = setup.recipe.train, setup.state.extra.get("losses", [])
     sums.trouble = trouble(sums.means["loss"], norm_value, window, train.spike, train.spike_window)
     if sums.trouble:
@@ -91,8 +95,10 @@ class _Source:
     def __init__(self, setup: Setup, batches: Iterator[Any], progress: float) -> None:
         self.batches, self.device, self.waited = batches, setup.accelerator.device, 0.0
         self.seen: list[Any] = []
-        # The loader's own numbers become the next batch's once this one's last piece is read.
-        self.size, self.accumulation = setup.loader.batch_size, setup.loader.accumulation
+        # Not the loader's own number, which becomes the next batch's once this one's last piece is read.
+        self.size = setup.recipe.train.batch_size_at(setup.state.position)
+        share = setup.loader.share
+        self.accumulation = self.size // share.world_size // share.microbatch(self.size)
         warmup, encoder = setup.recipe.train.context_warmup, setup.recipe.encoder
         self.pieces = warmup.pieces(progress, encoder.context) if warmup and encoder.kind == "text" else 1
 
