@@ -134,13 +134,12 @@ def test_only_hidden_patches_are_scored() -> None:
     scored: list[Tensor] = []
     targets = objective.targets
 
-    def poisoned(images: Tensor) -> Tensor:
-        found = targets(images).clone()
-        order = permutation(batch.keys, "mask", 16)
-        for row, sequence in zip(found, order, strict=True):
+    def poisoned(images: Tensor, order: Tensor) -> Tensor:
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=4, q=4).clone()
+        for row, sequence in zip(patches, order, strict=True):
             row[sequence[: objective.visible]] = torch.nan
-        scored.append(found)
-        return found
+        scored.append(patches)
+        return targets(rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=4, p=4, q=4), order)
 
     plain = objective(batch, 0.0).loss_sum
     objective.targets = poisoned  # type: ignore[method-assign]
