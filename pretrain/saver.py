@@ -67,7 +67,6 @@ class Saver:
         """Seconds from the call of the last save that has ended until it was on the disk."""
         self.seconds = 0.0
         """The longest that a save has taken from its begin until it was whole on disk."""
-        self._began = 0.0
         self._count, self._began = 0, 0.0
         self._host: dict[str, HostFile] = {}
         self._thread: threading.Thread | None = None
@@ -78,10 +77,9 @@ class Saver:
 
         A full or failing disk raises nothing: `problem` says what happened, and older checkpoints stay.
         """
-        self._began = began = time.monotonic()
+        began = time.monotonic()
         self.finish()
-        self._count += 1
-        self._began = time.monotonic()
+        self._count, self._began = self._count + 1, time.monotonic()
         pieces = {kind: self._mine(tensors) for kind, tensors in snapshot.tensors.items()}
         sharded = any(p.rows is not None for part in pieces.values() for p in part.values())
         if self.rank == 0 or sharded:
