@@ -36,8 +36,8 @@ def spread(features: Tensor) -> Tensor:
 def alarm(values: dict[str, float]) -> str | None:
     """What is wrong with features by their metrics, with what to try; None where nothing is.
 
-    Reads `feature_spread` and `effective_rank` of the encoder's features, and `agreement` of student and teacher
-    where the objective measures it.
+    Reads `feature_spread` and `effective_rank` of the encoder's features, and how far student and teacher agree,
+    where the objective measures it: `agreement`, or BYOL's `similarity`.
     """
     signs = []
     if values.get("feature_spread", 1.0) < FLAT:
@@ -46,8 +46,9 @@ def alarm(values: dict[str, float]) -> str | None:
         signs.append(f"features lie along one direction (effective rank {values['effective_rank']:.1f})")
     if not signs:
         return None
-    if values.get("agreement", 0.0) > 0.99:
-        signs.append(f"teacher and student agree on everything ({values['agreement']:.3f})")
+    agreement = values.get("agreement", values.get("similarity", 0.0))
+    if agreement > 0.99:
+        signs.append(f"teacher and student agree on everything ({agreement:.3f})")
     return (
         f"collapse: {', and '.join(signs)}; start anew with a lower optimizer.lr or a larger train.batch_size, and "
         "check the teacher's momentum and temperature"
