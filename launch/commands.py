@@ -152,7 +152,9 @@ def inspect(arguments: argparse.Namespace) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {number}" for key, number in value.items())
         if name != "problems":
-            lines.append(f"{name.replace('_', ' '):<18} {value:,}" if isinstance(value, int) else f"{name:<18} {value}")
+            lines.append(
+                f"{name.replace('_', ' '):<18} {value:,}" if isinstance(value, int | float) else f"{name:<18} {value}"
+            )
     lines += [f"problem: {problem}" for problem in report["problems"]] or ["no problems found"]
     _tell(report, "\n".join(lines), arguments)
     return 1 if report["problems"] else 0

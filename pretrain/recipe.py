@@ -23,7 +23,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    train: str | list[str] | dict[str, Annotated[float, Field(gt=0)]] | None = None
+    train: str | list[str] | dict[str, float] | None = None
     """Folder or glob of shards, or a list of tars; or several, each with its weight, mixed in exact proportions."""
     validation: str | float | None = None
     """Held-out shards, or a share of `train` (pictures only). Text shards bring their own by default."""

@@ -166,3 +166,35 @@ def test_kinds_and_tokenizers_must_agree(folders: list[Path], tmp_path: Path) ->
     shard_text([tmp_path / "y.txt"], tmp_path / "z", tokenizer=tmp_path / "x", validation=0, progress=False)
     mixed = open_samples({text["x"]: 1, str(tmp_path / "z"): 3}, context=8)
     assert next(iter(Loader(mixed, 8))).tokens.shape == (8, 9)
+
+
+def test_a_recipe_names_datasets_and_weights(folders: list[Path]) -> None:
+    from pretrain.build import open_data
+    from pretrain.recipe_file import load_recipe
+
+    large, small, _ = map(str, folders)
+    settings = [f"data.train={{{large}: 0.75, {small}: 0.25}}", "data.canvas=8", "data.validation=0.2"]
+    recipe = load_recipe("mae_cifar10", settings)
+    data = open_data(recipe)
+    assert isinstance(data.train, Mixture)
+    assert data.train.shares == [3, 1]
+    assert data.validation is not None
+    assert len(data.train) + len(data.validation) == 51
+    assert isinstance(open_data(load_recipe("mae_cifar10", [f"data.train={{{large}: 2}}"])).train, ShardedDataset)
+    # Weights are told apart by the fingerprint; lanes and the extent of the shuffle by the recipe.
+    for setting in ("data.lanes=2", "data.shuffle_samples=100"):
+        assert load_recipe("mae_cifar10", [*settings, setting]).hash() != recipe.hash()
+    with pytest.raises(UserError, match="no proportions"):
+        open_data(load_recipe("mae_cifar10", [f"data.train={{{large}: 1, {small}: 0}}"]))
+
+
+def test_a_run_over_a_mixture_goes_on_with_other_processes(folders: list[Path]) -> None:
+    """Half an epoch by one process, the rest by two: the batches of the straight run."""
+    mixture = open_samples({str(folder): weight for folder, weight in zip(folders, (5, 2, 1), strict=True)})
+    arguments = {"batch_size": 8, "canvas": CANVAS, "lanes": 2, "seed": 1}
+    straight = [batch.ids.tolist() for batch in islice(Loader(mixture, **arguments), 10)]
+    first = Loader(mixture, **arguments)
+    assert [batch.ids.tolist() for batch in islice(first, 4)] == straight[:4]
+    ranks = [Loader(mixture, **arguments, rank=rank, world_size=2, start=first.position) for rank in range(2)]
+    rest = [[b.ids.tolist() for b in islice(loader, 6)] for loader in ranks]
+    assert [a + b for a, b in zip(*rest, strict=True)] == straight[4:]
