@@ -72,6 +72,17 @@ def write_atomically(path: Path, payload: bytes | str) -> None:
     sync(path.parent)
 
 
+def append(path: Path, data: Bytes) -> None:
+    """Add `data` at the end of a file, all or, where the disk is full, nothing; not forced to disk."""
+    with FileIO(path, "ab") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            disk.write(file, data)
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def sync(path: Path) -> None:
     """Force a file's bytes, or a folder's entries (creations, renames), to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from typing import Any
 import yaml
 
 from data.errors import UserError
-from data.files import write_atomically
+from data.files import append, write_atomically
 from pretrain.metrics import read_metrics
 from pretrain.preemption import Preempted
 from pretrain.recipe import Recipe
@@ -38,6 +39,8 @@ class RunFolder:
         self.alarm: str | None = None
         """What is wrong with what is learnt, in words; part of every status until it is None again."""
         self._lock: Any = None
+        self._waiting = ""
+        """Lines for metrics.jsonl that a full disk did not take."""
 
     def begin(self, recipe: Recipe, step: int) -> None:
         """Claim the folder, describe the run and cut metrics back to `step`, where it starts or goes on.
@@ -84,16 +87,22 @@ class RunFolder:
                 self._lock.close()
 
     def status(self, state: str, **facts: Any) -> None:
-        """Say in status.json that the run is running, finished, preempted, interrupted, hung or failed."""
+        """Say in status.json that the run is running, finished, preempted, interrupted, hung or failed.
+
+        On a disk that is full the file stays as it is: a run does not end for that.
+        """
         if self.writes:
             record = {"state": state, "time": _now()} | ({"alarm": self.alarm} if self.alarm else {}) | facts
-            write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+            with contextlib.suppress(OSError):
+                write_atomically(self.path / "status.json", json.dumps(record, indent=1))
 
     def record(self, values: dict[str, Any]) -> None:
-        """Append one JSON object to metrics.jsonl."""
+        """Append one JSON object to metrics.jsonl; on a full disk, together with a later one."""
         if self.writes:
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(values) + "\n")
+            self._waiting += json.dumps(values) + "\n"
+            with contextlib.suppress(OSError):
+                append(self.metrics, self._waiting.encode())
+                self._waiting = ""
 
     def rewind(self, step: int, event: dict[str, Any]) -> None:
         """Cut metrics.jsonl back to `step` and append `event`, unless it is there already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable
 from io import FileIO
@@ -19,9 +20,12 @@ class Crash(BaseException):
 class BrokenDisk(Disk):
     """Does what the true one does until operation `at`; a write is then half done."""
 
-    def __init__(self, at: int, kind: str = "crash", only: tuple[str, ...] = ()) -> None:
-        """`kind` is `crash`, after which no operation does anything, or `full`, after which all fail with ENOSPC."""
-        self.at, self.kind, self.only = at, kind, only
+    def __init__(self, at: int, kind: str = "crash", only: tuple[str, ...] = (), count: float = math.inf) -> None:
+        """`kind` is `crash`, after which no operation does anything, or `full`, after which `count` fail with ENOSPC.
+
+        Operations not named in `only`, if anything is, go on and do not count.
+        """
+        self.at, self.kind, self.only, self.count = at, kind, only, count
         self.operations: list[str] = []
 
     @property
@@ -55,7 +59,7 @@ class BrokenDisk(Disk):
         counts = not self.only or name in self.only
         if counts:
             self.operations.append(name)
-        if not counts or not self.broken:
+        if not counts or not self.at <= len(self.operations) < self.at + self.count:
             return action()
         if len(self.operations) == self.at:
             half()

@@ -18,7 +18,7 @@ from data.errors import UserError
 from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint, Retention, choose, newest, problem, read_state
 from pretrain.loop import take_step, train
-from pretrain.run import RunFolder
+from pretrain.run import RunFolder, read_metrics
 from pretrain.saver import Saver
 from pretrain.setup import Setup, prepare
 
@@ -339,3 +339,20 @@ def test_a_run_on_a_full_disk_goes_on_and_says_so(
     monkeypatch.setattr(checkpoint, "write_file", lambda *_: full(Path("/.step-000000004."), []))
     with pytest.raises(UserError, match=r"No space left on device.*make room"):
         train(recipe("mae", digits / "train", {"train.steps": 2}), tmp_path / "other")
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line_and_no_bit(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = recipe("mae", digits / "train", {"train.steps": 12, "watch.checkpoint_every": 2})
+    train(chosen, tmp_path / "straight")
+    capsys.readouterr()
+    disk = BrokenDisk(22, "full", only=("write",), count=12)
+    monkeypatch.setattr(files, "disk", disk)
+    train(chosen, tmp_path / "full")
+    assert "No space left on device); the run goes on" in capsys.readouterr().err
+    assert len(disk.operations) > 34
+    lines = [[(line["step"], line.get("loss")) for line in read_metrics(tmp_path / n)] for n in ("straight", "full")]
+    assert lines[0] == lines[1]
+    last = [tmp_path / name / "checkpoints" / "step-000000012" / "model.safetensors" for name in ("straight", "full")]
+    assert last[0].read_bytes() == last[1].read_bytes()
