@@ -15,6 +15,9 @@ from simplejpeg import decode_jpeg, decode_jpeg_header
 _MAGIC = b"\xff\xd8\xff"
 _EXIF, _XMP_ORIENTATION = b"Exif\0\0", b"tiff:Orientation"
 _ORIENTATION = 0x0112
+_SCAN = 0xDA
+_SHORT = 2**13
+"""Bytes of a file below which searching all of it is quicker than following its segments."""
 _COLOURS = ("YCbCr", "Gray", "RGB")
 FACTORS = (8, 4, 2)
 """Scales 1/8, 1/4 and 1/2 are the cheap ones of the inverse DCT."""
@@ -52,17 +55,28 @@ def decode_scaled(payload: bytes, size: tuple[int, int], least: tuple[int, int])
 
 def _is_upright(payload: bytes) -> bool:
     """Whether nothing in the file asks for the picture to be turned."""
-    if _XMP_ORIENTATION in payload:
+    end = len(payload) if len(payload) < _SHORT else _header_end(payload)
+    if payload.find(_XMP_ORIENTATION, 0, end) >= 0:
         return False
-    at = payload.find(_EXIF)
+    at = payload.find(_EXIF, 0, end)
     if at < 0:
-        return True
-    if payload.find(_EXIF, at + 1) >= 0:
+        return end > 0
+    if payload.find(_EXIF, at + 1, end) >= 0:
         return False
     try:
         return _exif_orientation(payload[at + len(_EXIF) : at + 2**16]) == 1
     except struct.error:
         return False
+
+
+def _header_end(payload: bytes) -> int:
+    """Where the segments before the first scan end (ITU T.81, annex B), 0 if they cannot be followed."""
+    at = 2
+    while at + 4 <= len(payload) and payload[at] == 0xFF:
+        if payload[at + 1] == _SCAN:
+            return at
+        at += 2 + int.from_bytes(payload[at + 2 : at + 4], "big")
+    return 0
 
 
 def _exif_orientation(tiff: bytes) -> int | None:

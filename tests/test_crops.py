@@ -85,6 +85,17 @@ def test_cameras_held_sideways(orientation: int, decoy: bool) -> None:
     assert (jpeg_size(payload) is not None) == (orientation == 1 and not decoy)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_long_files_are_searched_up_to_their_first_scan(orientation: int) -> None:
+    payload = oriented(picture_of_waves(700, 600), orientation, quality=98)
+    assert len(payload) > 2**14
+    assert jpeg_size(payload) == ((700, 600) if orientation == 1 else None)
+    assert upright_size(payload) == ((700, 600) if orientation == 1 else (600, 700))
+    # What stands behind the header says nothing; a header that cannot be followed is Pillow's to read.
+    assert jpeg_size(payload + b"Exif\0\0" + b"tiff:Orientation") == jpeg_size(payload)
+    assert jpeg_size(payload[:2] + b"\xff" + payload[2:]) is None
+
+
 def cropped(payload: bytes, boxes: list[list[int]], side: int) -> Tensor:
     out = torch.empty((len(boxes), 3, side, side), dtype=torch.uint8)
     crop_boxes(payload, np.array(boxes), out, "bilinear")

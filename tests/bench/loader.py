@@ -47,7 +47,7 @@ def main() -> None:
     larger = []
     if {"bytes", "decode"} & set(chosen):
         medium = sets.enlarged(arguments.work, cifar, "ImageNet size", (375, 500), count=1600, noise=26)
-        large = sets.enlarged(arguments.work, cifar, "large photos", (1255, 1477), count=240, noise=11)
+        large = sets.enlarged(arguments.work, cifar, "large photos", (1255, 1477), count=240, noise=8)
         larger = [medium, large]
     print(f"{versions()}; data made or found in {time.monotonic() - began:.0f} s", flush=True)
     steps = {

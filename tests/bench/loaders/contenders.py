@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import io
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -50,7 +51,8 @@ def headwater(pictures: Pictures, workers: int, decode: Decode | None) -> Batche
     dataset = ShardedDataset(pictures.shards)
     if decode is None:
         return iter(EncodedLoader(dataset, pictures.batch, workers=workers))
-    crops = CropDecoder(SIDE, random_resized_crop_boxes, "bilinear")
+    boxes = partial(random_resized_crop_boxes, scale=_CROP.scale, ratio=_CROP.ratio)
+    crops = CropDecoder(SIDE, boxes, "bilinear")
     return iter(Loader(dataset, pictures.batch, workers=workers, decode=crops))
 
 
