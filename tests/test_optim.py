@@ -277,3 +277,22 @@ def test_muon_turns_sharded_matrices_whole(tmp_path: Path) -> None:
             torch.testing.assert_close(left, right.full_tensor())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_muon_on_a_gpu_is_muon_on_a_cpu_but_for_bfloat16() -> None:
+    on_cpu, on_gpu = mae(), mae().cuda()
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    before = {name: p.detach().clone() for name, p in on_cpu.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(p.shape, generator=generator) for name, p in on_cpu.named_parameters()}
+    for module in (on_cpu, on_gpu):
+        optimizer = build_optimizer(module, MuonConfig(lr=0.01, weight_decay=0.0))
+        for name, parameter in module.named_parameters():
+            parameter.grad = gradients[name].to(parameter.device)
+        optimizer.step()
+    there = dict(on_gpu.named_parameters())
+    for name, parameter in on_cpu.named_parameters():
+        if name in before:
+            moved, also = parameter - before[name], there[name].cpu() - before[name]
+            assert (moved - also).norm() < 0.05 * moved.norm(), name

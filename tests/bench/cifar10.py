@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +26,12 @@ from accelerate.state import AcceleratorState
 from cifar10_probes import judge
 
 from data.image_shards import shard_images
+from pretrain.clock import process_age
 from pretrain.loop import train
 from pretrain.preemption import Preempted
 from pretrain.recipe_file import load_recipe
 
-STARTED = time.monotonic()
+STARTED = time.monotonic() - process_age(os.getpid())
 PROBING = 75.0
 """Seconds kept for judging a finished run; a rehearsal takes a tenth."""
 LAST = 45.0
