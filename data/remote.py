@@ -105,13 +105,7 @@ class RemoteStorage:
         return self._held(self._tars[shard])
 
     def ahead(self, shards: Sequence[int]) -> None:
-        """See `Storage`; raises `UserError` when the block that is shuffled cannot fit into the cache."""
-        need, limit = sum(self._shards[shard]["bytes"] for shard in shards) // 2, self._way.cache.limit
-        if need > limit:  # half of them: those of the next block come as the present ones go
-            raise UserError(
-                f"samples are shuffled within about {need:,} bytes of shards, and the cache {self._way.cache.folder} "
-                f"may hold {limit:,}; set HEADWATER_CACHE_SIZE to twice the former, or lower data.shuffle_samples"
-            )
+        """See `Storage`."""
         wanted = []
         for shard in shards:
             wanted += [self._indexes[shard]] if self._indexes is not None else []

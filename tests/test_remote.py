@@ -368,7 +368,7 @@ def test_a_small_cache_is_enough_for_reading_and_too_small_a_one_is_named(
         assert Cache(tmp_path / "cache", 0).used() <= 5 * largest
     assert seen == everything(ShardedDataset(picture_shards))
     monkeypatch.setenv("HEADWATER_CACHE_SIZE", str(3 * largest))
-    with pytest.raises(UserError, match=r"shuffled within about .* lower data\.shuffle_samples"):
+    with pytest.raises(UserError, match=r"more than the .* of the cache; set data\.shuffle_samples=\d+ or"):
         stream(f"{served.url}/ds")
     monkeypatch.setenv("HEADWATER_CACHE_SIZE", str(largest))
     with pytest.raises(UserError, match="too few for shards of"):
