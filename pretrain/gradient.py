@@ -193,7 +193,9 @@ def _scale_and_clip(setup: Setup, batch_size: int, count: Tensor) -> Tensor:
     """Turn the accumulated gradient into that of the mean over `count` targets; returns its norm, a scalar."""
     accelerator, clip = setup.accelerator, setup.recipe.train.clip
     accelerator.unscale_gradients(setup.state.optimizer)
-    gradients = [p.grad for p in setup.state.objective.parameters() if p.grad is not None]
+    # The optimiser's list of parameters: walking the modules would take longer than scaling what they hold.
+    held = [parameter for group in setup.state.optimizer.param_groups for parameter in group["params"]]
+    gradients = [p.grad for p in held if p.grad is not None]
     # Processes' gradients were averaged and divided by the batch size; the sum over the count is wanted.
     factor = accelerator.num_processes * batch_size / count.clamp(min=1.0)
     norm = total_norm(gradients).double() * factor

@@ -6,6 +6,7 @@ in the place of the others, and predicts the hidden patches' pixels, normalised 
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -178,8 +179,10 @@ class MaskedAutoencoder(Objective):
         pixels = self._hidden(self._patches(images), order)
         if not self.config.normalize_targets:
             return pixels
-        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
-        return (pixels - mean) / (variance + 1e-6).sqrt()
+        # (x - mean) / sqrt(variance + 1e-6) with the unbiased variance, as one fused normalisation.
+        count = pixels.shape[-1]
+        unbiased = (count - 1) / count
+        return F.layer_norm(pixels, (count,), eps=1e-6 * unbiased) * math.sqrt(unbiased)
 
     def _patches(self, images: Tensor) -> Tensor:
         return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch[0], q=self.patch[1])
