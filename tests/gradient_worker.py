@@ -62,6 +62,7 @@ def observe(recipe: Recipe, folder: Path, batches: int = 2) -> dict[str, Any]:
         "norm": sums.norm,
         "metrics": sums.metrics,
         "statistics": sums.statistics,
+        "running": {name: b.clone() for name, b in objective.named_buffers() if ".running_" in name},
     }
 
 

@@ -82,6 +82,8 @@ _ANY_SIZE = MAE["encoder"] | {"model_args": MAE["encoder"]["model_args"] | {"dyn
 TEXTS = ("next_token", "masked_language")
 """Objectives over text, over the same tiny transformer."""
 MASKED_LANGUAGE: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "masked_language", "masked": 0.8}}
+NORMS = {"encoder.model": "resnet18_cifar", "encoder.model_args": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
+"""Settings for a tiny encoder with BatchNorm, whose running statistics are state too."""
 BASES = {"mae": MAE, "next_token": NEXT_TOKEN, "masked_language": MASKED_LANGUAGE} | {
     name: MAE | {"name": f"tiny_{name}", "objective": objective, "encoder": _ANY_SIZE}
     for name, objective in PICTURES.items()

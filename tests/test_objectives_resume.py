@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretrain_kit import PICTURES, recipe
+from pretrain_kit import NORMS, PICTURES, recipe
 from safetensors.torch import load_file
 from test_resume import Killed, assert_same
 
@@ -19,8 +19,6 @@ from pretrain.reload import load_objective
 from pretrain.setup import prepare
 
 SHORT = {"train.steps": 5, "train.batch_size": 8, "watch.checkpoint_every": 2, "watch.log_every": 1}
-NORMS = {"encoder.model": "resnet18_cifar", "encoder.model_args": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
-"""An encoder with BatchNorm, whose statistics are state too."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PICTURES},
     "simclr, accumulated": ("simclr", {"train.microbatch": 2} | NORMS),

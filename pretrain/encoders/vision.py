@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, field_validator
 from timm import create_model, is_model, list_models
 from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from data.batch import ImageBatch
 from data.errors import UserError
 from pretrain.encoders import resnet_cifar  # noqa: F401 - its models join timm's list
+from pretrain.encoders.torchvision_names import timm_name
 from pretrain.views import Interpolation, center_boxes, crop_resize, normalize
 
 
@@ -26,7 +27,7 @@ class VisionConfig(BaseModel):
 
     kind: Literal["vision"] = "vision"
     model: str = "vit_small_patch16_224"
-    """Name in timm."""
+    """Name in timm, or one of torchvision's behind `torchvision/`, which stands for timm's of the same architecture."""
     image_size: int = Field(default=224, ge=1)
     """Side of the square input, in pixels."""
     model_args: dict[str, Any] = Field(default_factory=dict)
@@ -41,6 +42,11 @@ class VisionConfig(BaseModel):
     """Then divided by."""
     interpolation: Interpolation = "bicubic"
     """Filter for resizing."""
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _known(cls, name: Any) -> Any:
+        return timm_name(name) if isinstance(name, str) else name
 
 
 def build_vision(config: VisionConfig) -> nn.Module:
