@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.cycle import Cycle, exact_shares
 from data.dataset import Ints, SampleStream, ShardedDataset
 from data.errors import UserError
 from data.keyed import hash64
 from data.order import BLOCK_SAMPLES
 
-LONGEST_CYCLE = 2**16
-_CYCLE, _DATASET = 3, 4
-"""Separate the hash that orders a cycle from the one that gives each dataset a seed of its own."""
-_REMEMBERED = 4
+_DATASET = 4
+"""Gives each dataset a seed of its own."""
 
 
 class Mixture:
@@ -177,38 +173,6 @@ def open_samples(source: str | Path | Sequence[str] | Mapping[str, float], **arg
     return datasets[0] if len(datasets) == 1 else Mixture(datasets, list(source.values()))
 
 
-class Cycle:
-    """Which dataset each group of positions is for: a pure function of (seed, group)."""
-
-    def __init__(self, shares: Sequence[int], seed: int) -> None:
-        self.shares, self.seed = np.asarray(shares, dtype=np.int64), seed
-        self.length = int(self.shares.sum())
-        self._kinds = np.repeat(np.arange(len(shares)), self.shares)
-        self._remembered: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
-
-    def locate(self, groups: Ints) -> tuple[Ints, Ints]:
-        """Each group's dataset, and its number among the groups of that dataset since the start."""
-        cycles, places = groups // self.length, groups % self.length
-        datasets, ranks = np.empty_like(groups), np.empty_like(groups)
-        for cycle in np.unique(cycles):
-            here = cycles == cycle
-            kinds, before = self._cycle(int(cycle))
-            datasets[here], ranks[here] = kinds[places[here]], before[places[here]]
-        return datasets, cycles * self.shares[datasets] + ranks
-
-    def _cycle(self, cycle: int) -> tuple[Ints, Ints]:
-        if cycle not in self._remembered:
-            permuted = np.argsort(hash64(self.seed, _CYCLE, cycle, np.arange(self.length, dtype=np.int64)))
-            kinds = self._kinds[permuted]
-            before = np.empty(self.length, dtype=np.int64)
-            for number, share in enumerate(self.shares):
-                before[kinds == number] = np.arange(share)
-            self._remembered[cycle] = (kinds, before)
-            if len(self._remembered) > max(_REMEMBERED, 2**12 // self.length):
-                self._remembered.popitem(last=False)
-        return self._remembered[cycle]
-
-
 class _Mixed:
     """The streams of several datasets, taken from in turn."""
 
@@ -231,28 +195,6 @@ class _Mixed:
         """See `SampleStream`."""
         for stream, share in zip(self.streams, self.cycle.shares.tolist(), strict=True):
             stream.ahead(position // (self.cycle.length * self.lanes) * share * self.lanes, lanes)
-
-
-def exact_shares(weights: Sequence[float]) -> list[int]:
-    """The smallest whole numbers in the proportions of `weights`; 0.1 means one tenth, not its nearest double.
-
-    Raises:
-        UserError: weights that are not positive, or need more than `LONGEST_CYCLE` groups.
-    """
-    try:
-        fractions = [Fraction(str(weight)) for weight in weights]
-    except ValueError:
-        fractions = []
-    if not fractions or min(fractions) <= 0:
-        raise UserError(f"the weights {list(weights)} are no proportions; give a positive number for each dataset")
-    whole = [int(f * math.lcm(*(f.denominator for f in fractions))) for f in fractions]
-    shares = [number // math.gcd(*whole) for number in whole]
-    if sum(shares) > LONGEST_CYCLE:
-        raise UserError(
-            f"the weights {list(weights)} need {sum(shares)} places to be exact, more than {LONGEST_CYCLE}; "
-            "round them to fewer digits"
-        )
-    return shares
 
 
 def _check_alike(first: ShardedDataset, other: ShardedDataset) -> None:

@@ -12,11 +12,12 @@ from conftest import picture, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.cycle import LONGEST_CYCLE, Cycle, exact_shares
 from data.dataset import ShardedDataset
 from data.encoded import EncodedLoader
 from data.errors import UserError
 from data.loader import Loader, sequential
-from data.mixture import LONGEST_CYCLE, Cycle, Mixture, exact_shares, open_samples
+from data.mixture import Mixture, open_samples
 from data.shards import DatasetWriter
 
 CANVAS = 8

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from data.cycle import Cycle
 from data.errors import UserError
 from data.keyed import sample_keys
-from data.mixture import Cycle, _Mixed
+from data.mixture import _Mixed
 from data.order import Ints, Order
 from data.requests import Requests, Share
 
