@@ -14,14 +14,14 @@ from pretrain.recipe_file import FOLDER, load_recipe, parse_recipe
 from pretrain.setup import prepare
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml") if load_recipe(path).encoder.kind == "vision")
-SIDE = 32
+SIDE, PATCH = 32, 8
 NARROW: dict[str, dict[str, Any]] = {
-    "vit": {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    "vit": {"patch_size": PATCH, "embed_dim": 32, "depth": 2, "num_heads": 2},
     "resnet": {"channels": [4, 4, 8, 8]},
     "swin": {"img_size": SIDE, "window_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1]},
 }
 """What makes an encoder small, by the beginning of its name."""
-SMALL = {"mask_size": 8, "width": 16, "heads": 2, "depth": 1, "prototypes": 24, "queue": 12}
+SMALL = {"width": 16, "heads": 2, "depth": 1, "prototypes": 24, "queue": 12}
 """What makes an objective small, by the end of a field's name."""
 
 
@@ -44,9 +44,11 @@ def shrunk(value: Any, ratio: float, field: str = "") -> Any:
         return {key: shrunk(child, ratio, key) for key, child in value.items()}
     if isinstance(value, list):
         return [shrunk(child, ratio, field) for child in value]
+    if field == "mask_size":
+        return PATCH
     if field == "size" and value:
-        return max(16, round(value * ratio / 8) * 8)
-    small = SMALL.get(field, SMALL.get(field.rpartition("_")[2]))
+        return max(16, round(value * ratio / PATCH) * PATCH)
+    small = SMALL.get(field.rpartition("_")[2])
     return min(value, small) if small and isinstance(value, int) else value
 
 

@@ -102,7 +102,8 @@ def next_token(shape: Shape) -> list[Contender]:
         transformers.GPT2Config(
             vocab_size=shape.vocab, n_positions=shape.context, n_embd=shape.width,
             n_layer=shape.depth,
-            n_head=shape.heads, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa",
+            n_head=shape.heads, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            attn_implementation="sdpa",
             use_cache=False,
         )
     ).to(DEVICE)  # fmt: skip
@@ -258,7 +259,7 @@ def table(title: str, contenders: list[Contender], precision: torch.dtype | None
 
 
 def kernels(shape: Shape) -> None:
-    """Attention alone on packed rows, forward and backward, on a GPU in bf16: varlen, FlexAttention, SDPA with a mask."""
+    """Attention alone on packed rows, both passes, on a GPU in bf16: varlen, FlexAttention, SDPA with a mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     _, rows = packed(shape)
