@@ -76,6 +76,8 @@ def drawn(objective: Objective, batch: ImageBatch) -> list[Tensor]:
 
 def text_targets(objective: torch.nn.Module, batch: TextBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """What a text objective's encoder sees of each row, and which tokens count."""
+    if isinstance(objective, Hybrid):
+        objective = objective.masked_part
     if isinstance(objective, MaskedLanguage):
         return objective.masked(batch, PROGRESS)
     assert isinstance(objective, NextToken)

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "simclr, batch norm": {"train.batch_size": 12} | NORMS,
     "moco, batch norm": {"train.batch_size": 12} | NORMS,
     "next_token": {"train.batch_size": 12, "objective.z_loss": 1e-3},
+    "hybrid": {"train.batch_size": 12, "objective.combine": "sum"},
     "masked_language": {"train.batch_size": 12, "objective.unit": "word", "objective.replaced": 0.1},
 }
 BATCHES = 2

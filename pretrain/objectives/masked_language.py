@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.batch import ImageBatch, TextBatch
@@ -16,16 +16,13 @@ from data.vocabulary import Vocabulary
 from pretrain.encoders.text import TextEncoder
 from pretrain.objectives.masking import TokenTable, Unit, choose, corrupt, gather_chosen, spans, words
 from pretrain.objectives.protocol import Output
-from pretrain.objectives.text import TextObjective
+from pretrain.objectives.text import TextObjective, TextSettings, shorten
 from pretrain.objectives.vocabulary import PredictionHead, token_loss, token_nats
 
 
-class MaskedLanguageConfig(BaseModel):
+class MaskedLanguageConfig(TextSettings):
     """Settings of masked language modelling."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    encoder_kind: ClassVar = "text"
     name: Literal["masked_language"] = "masked_language"
     mask_ratio: float = Field(default=0.3, gt=0, lt=1)
     """Share of the ordinary tokens to predict (ModernBERT, section 2.2); special tokens are never masked."""
@@ -39,12 +36,6 @@ class MaskedLanguageConfig(BaseModel):
     """What is hidden as a whole: tokens, words, or spans of random length."""
     span: float = Field(default=3.0, ge=1)
     """Mean length of a span, in tokens."""
-    document_mask: bool = True
-    """Whether documents packed into one row are hidden from each other."""
-    z_loss: float = Field(default=0.0, ge=0)
-    """Weight of the squared log-normaliser that keeps logits small (PaLM, section 5)."""
-    chunk: int = Field(default=2048, ge=1)
-    """Rows of logits held at once."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> Self:
@@ -83,6 +74,7 @@ class MaskedLanguage(TextObjective):
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
         """Cross-entropy in nats, summed over the chosen tokens. Metrics: `accuracy`, and `z_loss` where on."""
         assert isinstance(batch, TextBatch)
+        batch = shorten(batch, self.config.length(progress, batch.tokens.shape[1] - 1))
         hidden, targets, counted = self.predicted(batch, progress)
         sums = token_loss(
             hidden,

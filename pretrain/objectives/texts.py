@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from pretrain.encoders.text import TextConfig, TextEncoder
+from pretrain.objectives.hybrid import Hybrid, HybridConfig
 from pretrain.objectives.masked_language import MaskedLanguage, MaskedLanguageConfig
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 from pretrain.objectives.text import TextObjective
 
-TextObjectiveConfig = MaskedLanguageConfig | NextTokenConfig
+TextObjectiveConfig = HybridConfig | MaskedLanguageConfig | NextTokenConfig
 """Settings of every objective over text."""
 
 TEXTS: dict[type, Callable[[Any, TextConfig, TextEncoder], TextObjective]] = {
+    HybridConfig: lambda config, _, encoder: Hybrid(encoder, config),
     MaskedLanguageConfig: lambda config, _, encoder: MaskedLanguage(encoder, config),
     NextTokenConfig: lambda config, _, encoder: NextToken(encoder, config),
 }

@@ -98,27 +98,23 @@ def next_token(shape: Shape) -> list[Contender]:
     keys = torch.arange(shape.batch, device=DEVICE)
     ours = NextToken(encoder(shape, shape.context), NextTokenConfig(document_mask=False)).to(DEVICE)
     batch = TextBatch(tokens, torch.zeros_like(tokens), keys, keys)
-    gpt2 = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=shape.vocab, n_positions=shape.context, n_embd=shape.width,
-            n_layer=shape.depth,
-            n_head=shape.heads, bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
-    ).to(DEVICE)  # fmt: skip
-    llama = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=shape.vocab, hidden_size=shape.width, intermediate_size=shape.gated,
-            num_hidden_layers=shape.depth, num_attention_heads=shape.heads, tie_word_embeddings=True,
-            max_position_embeddings=shape.context, attn_implementation="sdpa", use_cache=False,
-        )
-    ).to(DEVICE)  # fmt: skip
+    common: dict[str, Any] = {"attn_implementation": "sdpa", "use_cache": False, "bos_token_id": 1, "eos_token_id": 2}
+    common |= {"vocab_size": shape.vocab}
+    sizes = {"n_positions": shape.context, "n_embd": shape.width, "n_layer": shape.depth, "n_head": shape.heads}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **drops, **common)).to(DEVICE)
+    sizes = {"hidden_size": shape.width, "num_hidden_layers": shape.depth, "num_attention_heads": shape.heads}
+    sizes |= {"intermediate_size": shape.gated, "max_position_embeddings": shape.context}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(tie_word_embeddings=True, **sizes, **common)).to(
+        DEVICE
+    )
+    work = flops(ours, shape, real, shape.context / 2)
+    seen, targets = tokens[:, :-1], tokens[:, 1:]
     return [
-        Contender("ours", ours, lambda: mean(ours, batch), real, flops(ours, shape, real, shape.context / 2)),
-        Contender("transformers GPT-2, sdpa", gpt2, lambda: foreign(gpt2, tokens[:, :-1], tokens[:, 1:]), real),
-        Contender("transformers Llama, sdpa", llama, lambda: foreign(llama, tokens[:, :-1], tokens[:, 1:]), real),
-    ]  # fmt: skip
+        Contender("ours", ours, lambda: mean(ours, batch), real, work),
+        Contender("transformers GPT-2, sdpa", gpt2, lambda: foreign(gpt2, seen, targets), real),
+        Contender("transformers Llama, sdpa", llama, lambda: foreign(llama, seen, targets), real),
+    ]
 
 
 def masked(shape: Shape) -> list[Contender]:
@@ -138,10 +134,13 @@ def masked(shape: Shape) -> list[Contender]:
     chosen = (torch.rand(tokens.shape) < config.mask_ratio) & (tokens > 6)
     seen, labels = torch.where(chosen, 3, tokens).to(DEVICE), torch.where(chosen, tokens, -100).to(DEVICE)
     common: dict[str, Any] = {
-        "vocab_size": shape.vocab, "hidden_size": shape.width, "num_hidden_layers": shape.depth,
-        "num_attention_heads": shape.heads, "max_position_embeddings": shape.masked_context,
+        "vocab_size": shape.vocab,
+        "hidden_size": shape.width,
+        "num_hidden_layers": shape.depth,
+        "num_attention_heads": shape.heads,
+        "max_position_embeddings": shape.masked_context,
         "attn_implementation": "sdpa",
-    }  # fmt: skip
+    }
     modern = transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(
             intermediate_size=shape.gated, global_attn_every_n_layers=3, reference_compile=False, **MARKS, **common
@@ -149,10 +148,13 @@ def masked(shape: Shape) -> list[Contender]:
     ).to(DEVICE)
     bert = transformers.BertForMaskedLM(
         transformers.BertConfig(
-            intermediate_size=4 * shape.width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-            pad_token_id=0, **common,
+            intermediate_size=4 * shape.width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=0,
+            **common,
         )
-    ).to(DEVICE)  # fmt: skip
+    ).to(DEVICE)
 
     def theirs(model: nn.Module) -> Callable[[], Tensor]:
         return lambda: model(input_ids=seen, attention_mask=attention, labels=labels).loss
@@ -259,7 +261,7 @@ def table(title: str, contenders: list[Contender], precision: torch.dtype | None
 
 
 def kernels(shape: Shape) -> None:
-    """Attention alone on packed rows, both passes, on a GPU in bf16: varlen, FlexAttention, SDPA with a mask."""
+    """Attention alone on packed rows, forward and backward, on a GPU in bf16, in three ways."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     _, rows = packed(shape)
