@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.batch import ImageBatch, TextBatch
 from pretrain.gradient import global_gradient
+from pretrain.objectives.hybrid import Hybrid
 from pretrain.objectives.masked_language import MaskedLanguage
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.protocol import Objective

@@ -1,0 +1,45 @@
+"""Law: every text recipe has the size it names, and takes steps, saves and exports at a reduced width."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pretrain_kit import REPOSITORY
+
+from pretrain.build import build_objective
+from pretrain.loop import train
+from pretrain.recipe_file import load_recipe
+
+SIZES = {
+    "next_token_1m": 1.08,
+    "next_token_10m": 12.5,
+    "gpt2_124m": 124.2,
+    "next_token_350m": 355.0,
+    "next_token_1b": 1019.0,
+    "wiki_books_mlm": 110.7,
+    "modernbert_base": 149.7,
+}
+"""Millions of parameters. Of the published ones GPT-2's is 124, ModernBERT-base's 149."""
+TEXT = sorted(
+    path.stem for path in (REPOSITORY / "pretrain" / "recipes").glob("*.yaml") if "kind: text" in path.read_text()
+)
+SMALL = ["encoder.vocab_size=320", "encoder.width=32", "encoder.depth=4", "encoder.heads=2", "encoder.intermediate_size=32", "encoder.context=32", "train.batch_size=4", "train.microbatch=2", "train.steps=2", "data.workers=0", "train.compile=false", "train.shard=false", "watch.evaluate_every=0"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_are_as_named(name: str) -> None:
+    with torch.device("meta"):
+        objective = build_objective(load_recipe(name))
+    assert sum(p.numel() for p in objective.parameters()) / 1e6 == pytest.approx(SIZES[name], abs=0.06)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_two_steps_at_a_reduced_width(name: str, sentences: Path, tmp_path: Path) -> None:
+    small = [f"data.train={sentences}", *SMALL]
+    if load_recipe(name).objective.context_start is not None:
+        small.append("objective.context_start=8")
+    export = train(load_recipe(name, small), tmp_path / "run")
+    assert json.loads((export / "headwater" / "export.json").read_text())["step"] == 2
