@@ -26,7 +26,14 @@ SIZES = {
 TEXT = sorted(
     path.stem for path in (REPOSITORY / "pretrain" / "recipes").glob("*.yaml") if "kind: text" in path.read_text()
 )
-SMALL = ["encoder.vocab_size=320", "encoder.width=32", "encoder.depth=4", "encoder.heads=2", "encoder.intermediate_size=32", "encoder.context=32", "train.batch_size=4", "train.microbatch=2", "train.steps=2", "data.workers=0", "train.compile=false", "train.shard=false", "watch.evaluate_every=0"]
+ENCODER = {"vocab_size": 320, "width": 32, "depth": 4, "heads": 2, "intermediate_size": 32, "context": 32}
+TRAIN = {"batch_size": 4, "microbatch": 2, "steps": 2, "compile": "false", "shard": "false"}
+SMALL = [
+    "data.workers=0",
+    "watch.evaluate_every=0",
+    *(f"encoder.{key}={value}" for key, value in ENCODER.items()),
+    *(f"train.{key}={value}" for key, value in TRAIN.items()),
+]
 
 
 @pytest.mark.parametrize("name", SIZES)
