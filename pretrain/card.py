@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pretrain.encoders import resnet_cifar
+from pretrain.encoders.vision import VisionConfig
 from pretrain.recipe import Recipe
 
 _IMAGES = """```python
 import timm, torch
-
+{imports}
 encoder = timm.create_model("local-dir:.", pretrained=True).eval()   # "." is this folder
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(encoder))
 features = encoder(torch.zeros(1, 3, {image_size}, {image_size}))
@@ -42,7 +44,9 @@ def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
     """Markdown with front matter for a model hub; its code runs inside the export's folder."""
     images = about["kind"] == "images"
     if images:
-        code, library, task = _IMAGES.format(**about), "timm", "image-feature-extraction"
+        ours = isinstance(recipe.encoder, VisionConfig) and recipe.encoder.model in resnet_cifar.__all__
+        imports = "import pretrain.encoders.resnet_cifar   # of headwater: tells timm of this model\n" if ours else ""
+        code, library, task = _IMAGES.format(**about, imports=imports), "timm", "image-feature-extraction"
     elif about["causal"]:
         code, library, task = _TEXT, "transformers", "text-generation"
     else:

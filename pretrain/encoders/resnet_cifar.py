@@ -13,6 +13,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
+__all__ = ["resnet18_cifar", "resnet34_cifar", "resnet50_cifar"]
+
 
 class CifarResNet(ResNet):
     """A timm `ResNet` whose first stage sees the picture at full resolution."""
