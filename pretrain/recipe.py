@@ -107,6 +107,10 @@ class WatchConfig(BaseModel):
     every hundred trained on, which costs less than 2 % of the run."""
     evaluate_samples: int = Field(default=2048, ge=1)
     """Most held-out samples of one evaluation."""
+    prompts: list[str] = Field(default_factory=list)
+    """Beginnings that a next-token model continues at each evaluation, into samples.jsonl."""
+    sample_tokens: int = Field(default=64, ge=1)
+    """Most tokens of such a text."""
     knn_samples: int = Field(default=10_000, ge=0)
     """Most labelled training pictures in the bank of the online kNN probe; 0 for none."""
     knn_neighbours: int = Field(default=20, ge=1)

@@ -19,6 +19,7 @@ from pretrain.progress import ProgressLine
 from pretrain.run import RunFolder
 from pretrain.saver import Saver
 from pretrain.setup import Setup
+from pretrain.text_samples import write_samples
 from pretrain.watchdog import Watchdog
 from pretrain.whole import whole
 
@@ -74,7 +75,10 @@ class Session:
         if not self.due(self._cadence) or state.extra.get("evaluated", 0) == state.step:
             return
         with self.watchdog.during("an evaluation"):
-            values = evaluate(whole(self.setup))
+            setup = whole(self.setup)
+            values = evaluate(setup)
+            for text in write_samples(setup, self.run.path):
+                self.line.say(f"step {state.step:,}: {text!r}")
         self.stop_if(self.setup.preemption.agreed(self.setup.accelerator))
         state.extra["evaluated"] = state.step
         if values:

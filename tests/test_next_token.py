@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pretrain_kit import recipe
 from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -15,6 +18,7 @@ from data.batch import TextBatch
 from data.tokenizer import train
 from pretrain.encoders.text import TextConfig, TextEncoder
 from pretrain.generate import generate
+from pretrain.loop import train as run
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 from pretrain.objectives.vocabulary import token_loss, token_nats
 from pretrain.text_metrics import KneserNeyBigram, bits_per_byte
@@ -214,3 +218,17 @@ def test_generation_repeats_itself_and_follows_the_seed() -> None:
     assert texts[0].startswith("the <|eos|>")
     greedy = {generate(objective, tokenizer, "fox", 10, temperature=0, seed=seed) for seed in range(3)}
     assert len(greedy) == 1
+
+
+def test_texts_are_written_while_it_trains(sentences: Path, tmp_path: Path) -> None:
+    settings = {"train.steps": 4, "watch.evaluate_every": 2, "watch.prompts": ["4 bottles"], "watch.sample_tokens": 5}
+    for name in ("with", "without"):
+        run(
+            recipe("next_token", sentences, settings if name == "with" else settings | {"watch.prompts": []}),
+            tmp_path / name,
+        )
+    samples = [json.loads(line) for line in (tmp_path / "with" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [2, 4]
+    assert all(sample["text"].startswith("4 bottles") for sample in samples)
+    weights = [(tmp_path / name / "export" / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1], "looking changes nothing"
