@@ -35,6 +35,7 @@ from finetune.encoder import load_encoder
 from finetune.run import finetune
 from finetune.tasks import load_task
 from finetune.text_encoder import DocumentEncoder
+from pretrain.export import exported_step
 from pretrain.loop import train
 from pretrain.objectives.masked_language import MaskedLanguage
 from pretrain.recipe_file import load_recipe
@@ -56,9 +57,11 @@ def sharded(source: list[Path], out: Path, **settings: Any) -> Path:
 
 
 def pretrained(recipe: str, run: Path, *settings: str) -> tuple[Path, float]:
-    """A run's export and the processor seconds that this process spent on it."""
-    began = time.process_time()
-    return train(load_recipe(recipe, list(settings)), run), time.process_time() - began
+    """A run's export and the processor seconds that this process spent on it: none where it has ended before."""
+    chosen, began = load_recipe(recipe, list(settings)), time.process_time()
+    if exported_step(run / "export") == chosen.train.steps:
+        return run / "export", 0.0
+    return train(chosen, run), time.process_time() - began
 
 
 def shakespeare(text: Path, work: Path) -> dict[str, Any]:
