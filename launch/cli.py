@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import commands
+from launch import cluster_commands, commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _predict(sub)
     _status(sub)
     _report(sub)
+    cluster_commands.add(sub)
     return parser
 
 

@@ -1,0 +1,154 @@
+"""Kubernetes manifests of a run: a plain Indexed Job, or Kubeflow's PyTorchJob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data.errors import UserError
+
+_PORT = 29400
+_SAVE = 75
+"""Exit status of a run that was told to stop, saved, and wants to go on."""
+_SHUTDOWN_SECONDS = 60
+"""What the launcher and the watchdog may need besides the save."""
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What is asked of a cluster that runs containers."""
+
+    name: str
+    """Of the job: lower-case letters, digits and hyphens."""
+    words: Sequence[str]
+    """What follows `headwater pretrain`: the recipe, its settings, `--output`."""
+    image: str
+    """Container image with headwater installed."""
+    nodes: int = 1
+    gpus: int = 8
+    """GPUs of each node, with one process each; 0 for a single CPU process."""
+    cpus: int = 16
+    memory: str = "64Gi"
+    """Main memory of each node."""
+    shared_memory: str = "16Gi"
+    """Size of /dev/shm: workers pass batches through it, and the container default of 64 MiB is too small."""
+    claim: str = "headwater"
+    """Persistent volume claim (ReadWriteMany for several nodes) that holds shards and runs."""
+    mount: str = "/mnt/headwater"
+    """Where it is mounted; paths in `words` lie below it."""
+    save_seconds: int = 240
+    """The longest that a step and a save may take after the signal to stop."""
+    restarts: int = 100
+    """How often failed pods are started again before the job is given up."""
+
+
+def manifests(job: ClusterJob, kind: Literal["job", "pytorchjob"] = "job") -> list[dict[str, Any]]:
+    """The objects to apply.
+
+    `job` needs nothing but Kubernetes (1.26 or newer): an Indexed Job, whose first pod is found through a
+    headless service, and in which a pod that saved and ended with status 75 is replaced without counting
+    as a failure. `pytorchjob` needs Kubeflow's training operator (v1).
+
+    Raises:
+        UserError: a name that Kubernetes does not take, or a number that makes no sense.
+    """
+    check(job)
+    return _indexed(job) if kind == "job" else _pytorch(job)
+
+
+def check(job: ClusterJob) -> None:
+    """Raises `UserError` where a cluster would refuse the job."""
+    if not _NAME.fullmatch(job.name):
+        raise UserError(f"job name {job.name!r} must be lower-case letters, digits and hyphens (--name)")
+    if job.nodes < 1 or job.gpus < 0 or job.cpus < 1:
+        raise UserError(f"{job.nodes} nodes of {job.gpus} GPUs and {job.cpus} CPUs: use at least 1 node and 1 CPU")
+
+
+def command(job: ClusterJob, main: str) -> list[str]:
+    """What a node runs, `main` being the address of the first."""
+    words = ["headwater", "pretrain", *job.words, "--processes", str(max(1, job.gpus))]
+    if job.nodes > 1:
+        words += ["--nodes", str(job.nodes), "--main-address", main, "--main-port", str(_PORT)]
+    return words
+
+
+def _indexed(job: ClusterJob) -> list[dict[str, Any]]:
+    labels = {"app": job.name}
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": job.name, "labels": labels},
+        # Pods find each other while they are starting, so names must not wait for readiness.
+        "spec": {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True},
+    }
+    pod = _pod(job, command(job, f"{job.name}-0.{job.name}"))
+    pod["restartPolicy"] = "Never"
+    pod["subdomain"] = job.name
+    spec = {
+        "completionMode": "Indexed",
+        "completions": job.nodes,
+        "parallelism": job.nodes,
+        "backoffLimit": job.restarts,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [_SAVE]}},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
+            ]
+        },
+        "template": {"metadata": {"labels": labels}, "spec": pod},
+    }
+    whole = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job.name, "labels": labels},
+        "spec": spec,
+    }
+    return [service, whole] if job.nodes > 1 else [whole]
+
+
+def _pytorch(job: ClusterJob) -> list[dict[str, Any]]:
+    pod = _pod(job, command(job, f"{job.name}-master-0"))
+    pod["containers"][0]["name"] = "pytorch"  # the operator looks for a container of this name
+    pod["containers"][0]["ports"] = [{"name": "pytorchjob-port", "containerPort": _PORT}]
+
+    def replicas(count: int) -> dict[str, Any]:
+        # OnFailure, not ExitCode: the operator takes statuses below 128, and so our 75, for permanent.
+        return {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": pod}}
+
+    roles = {"Master": replicas(1)} | ({"Worker": replicas(job.nodes - 1)} if job.nodes > 1 else {})
+    spec = {
+        "runPolicy": {"backoffLimit": job.restarts, "cleanPodPolicy": "None"},
+        "pytorchReplicaSpecs": roles,
+    }
+    return [{"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": job.name}, "spec": spec}]
+
+
+def _pod(job: ClusterJob, words: list[str]) -> dict[str, Any]:
+    size: dict[str, Any] = {"cpu": str(job.cpus), "memory": job.memory}
+    size |= {"nvidia.com/gpu": str(job.gpus)} if job.gpus else {}
+    return {
+        # Longer than what the launcher waits for its workers, which wait for the save.
+        "terminationGracePeriodSeconds": job.save_seconds + _SHUTDOWN_SECONDS,
+        "containers": [
+            {
+                "name": "headwater",
+                "image": job.image,
+                "command": words,
+                "workingDir": job.mount,
+                "env": [{"name": "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "value": str(job.save_seconds)}],
+                "resources": {"requests": size, "limits": size},
+                "volumeMounts": [
+                    {"name": "work", "mountPath": job.mount},
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                ],
+            }
+        ],
+        "volumes": [
+            {"name": "work", "persistentVolumeClaim": {"claimName": job.claim}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory}},
+        ],
+    }
