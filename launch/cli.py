@@ -159,6 +159,9 @@ def _pretrain(sub: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--processes", type=int, default=None, metavar="N", help="processes (default: one for each GPU)"
     )
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines that run this command (default: 1)")
+    parser.add_argument("--main-address", metavar="HOST", help="the machine where several meet, the same on all")
+    parser.add_argument("--main-port", type=int, default=29400, metavar="PORT", help="its port (default: 29400)")
     parser.add_argument(
         "--max-restarts", type=int, default=0, metavar="N", help="times to start again after a crash or hang (0)"
     )

@@ -162,10 +162,12 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """`headwater pretrain`: in this process, or through `accelerate launch` for several."""
+    from launch.network import nodes_for
     from launch.processes import launch, processes_for
 
     count = 1 if arguments.dry_run else processes_for(arguments.processes)
-    if count == 1 and not arguments.max_restarts:
+    nodes = nodes_for(arguments.nodes, arguments.main_address, arguments.main_port)
+    if arguments.dry_run or (count == 1 and nodes is None and not arguments.max_restarts):
         from pretrain.__main__ import run
 
         return run(arguments)
@@ -176,7 +178,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     # Read here as well: one process says what is wrong with a recipe, before others are started.
     output = arguments.output or Path("runs") / load_recipe(arguments.recipe, arguments.settings).name
     words = [arguments.recipe, *arguments.settings, "--resume", arguments.resume, "--output", str(output)]
-    return launch(count, words, output, arguments.max_restarts)
+    return launch(count, words, output, arguments.max_restarts, nodes)
 
 
 def replay(arguments: argparse.Namespace) -> int:

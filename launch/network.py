@@ -1,12 +1,67 @@
-"""By which address, and which interface, this machine is reached from the run's main one."""
+"""Several machines: where they meet, and by which address and interface each is reached."""
 
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 import psutil
 
 from data.errors import UserError
+
+JOIN_SECONDS = 900
+"""How long machines wait for each other: clusters start them minutes apart, and a lost one must come back."""
+STORE_SECONDS = 120
+"""How long the place where they meet may take to appear."""
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The machines of one run."""
+
+    count: int
+    main: str
+    """Name or address of the machine where they meet."""
+    port: int
+
+    def words(self, processes: int) -> list[str]:
+        """For `accelerate launch`, with `processes` on each machine."""
+        # Each machine may say rank 0: torchrun's rendezvous deals the ranks out. Which one keeps its store is
+        # said too, because torchrun would go by the machine's name alone.
+        host = local_address(self.main, self.port) in _addresses(self.main, self.port)
+        words = ["--rdzv_conf", f"is_host={int(host)},join_timeout={JOIN_SECONDS},timeout={STORE_SECONDS}"]
+        words += ["--num_machines", str(self.count), "--machine_rank", "0", "--rdzv_backend", "c10d"]
+        words += ["--num_processes", str(self.count * processes)]
+        return [*words, "--main_process_ip", self.main, "--main_process_port", str(self.port)]
+
+    def environment(self) -> dict[str, str]:
+        """What the launcher and gloo need to be told of this machine.
+
+        Raises:
+            UserError: the main machine cannot be reached from here.
+        """
+        address = local_address(self.main, self.port)
+        # Shared, torchrun's store is remembered from the first meeting: a machine that replaces a lost one hangs.
+        found = {"PET_LOCAL_ADDR": address, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        found["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it tells at length of a store that has left before us
+        name = interface(address)
+        # gloo would take the interface that the host's own name leads to, which often is the loopback.
+        return found | ({"GLOO_SOCKET_IFNAME": name} if name else {})
+
+
+def nodes_for(count: int, main: str | None, port: int) -> Nodes | None:
+    """The machines as asked for on the command line; None for a single one.
+
+    Raises:
+        UserError: fewer than one, or several without a place to meet.
+    """
+    if count < 1:
+        raise UserError(f"--nodes {count}: at least one is needed")
+    if count == 1:
+        return None
+    if main is None:
+        raise UserError(f"--nodes {count}: give every machine the address of one of them (--main-address)")
+    return Nodes(count, main, port)
 
 
 def local_address(main: str, port: int) -> str:
@@ -22,6 +77,11 @@ def local_address(main: str, port: int) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UserError(f"--main-address {main} cannot be reached from here ({error.strerror or error})") from None
+
+
+def _addresses(name: str, port: int) -> set[str]:
+    """All addresses that a name stands for."""
+    return {str(found[4][0]) for found in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)}
 
 
 def interface(address: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Several processes on this machine, through Accelerate's launcher and a configuration of ours."""
+"""Several processes, on this machine or several, through Accelerate's launcher and a configuration of ours."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from launch.network import Nodes
 from pretrain.preemption import REQUEUE, SIGNALS, Preempted
 
 CONFIGS = Path(__file__).parent / "accelerate"
@@ -29,7 +30,7 @@ def processes_for(asked: int | None) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0) -> int:
+def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, nodes: Nodes | None = None) -> int:
     """Run `pretrain ARGUMENTS` in `count` processes; returns the exit status when all have ended.
 
     The same as `accelerate launch`, but that a process which stops with an error stops the others without
@@ -39,12 +40,15 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0) -
     Args:
         run: the run's folder, whose status.json is read at the end.
         max_restarts: how often all processes are started again after one of them crashed or hung.
+        nodes: the machines, each of which runs this with its own `count` processes; this one alone without.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
-    words, environment = launch_words(count, arguments, max_restarts)
+    words, environment = launch_words(count, arguments, max_restarts, nodes)
     os.environ.update(environment)
     logging.disable(logging.ERROR)  # the launcher's own accounts of what its workers have said
     try:
@@ -53,6 +57,10 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0) -
         return REQUEUE if error.sigval in SIGNALS else 128 + int(error.sigval)
     except ChildFailedError as error:
         return _failed(error)
+    except (RendezvousError, DistError) as error:
+        where = f" at {nodes.main}:{nodes.port}" if nodes else ""
+        print(f"headwater: the processes did not meet{where} ({str(error).splitlines()[0]})", file=sys.stderr)
+        return 1
     return _stopped(run)
 
 
@@ -80,7 +88,9 @@ def _failed(error: Any) -> int:
     return 128 - int(failure.exitcode)
 
 
-def launch_words(count: int, arguments: list[str], max_restarts: int = 0) -> tuple[list[str], dict[str, str]]:
+def launch_words(
+    count: int, arguments: list[str], max_restarts: int = 0, nodes: Nodes | None = None
+) -> tuple[list[str], dict[str, str]]:
     """The words after `accelerate launch`, and what they need in the environment.
 
     On the CPU accelerate would start a single process; its multi-GPU path with ACCELERATE_USE_CPU set
@@ -92,8 +102,9 @@ def launch_words(count: int, arguments: list[str], max_restarts: int = 0) -> tup
     gpu = torch.cuda.is_available()
     if gpu and count > torch.cuda.device_count():
         raise UserError(f"--processes {count}: this machine has {torch.cuda.device_count()} GPUs")
-    words = ["--config_file", str(CONFIGS / ("ddp.yaml" if gpu else "cpu.yaml"))]
-    words += ["--num_processes", str(count), "--main_process_port", "0"]
+    config = "nodes.yaml" if nodes else "ddp.yaml" if gpu else "cpu.yaml"
+    words = ["--config_file", str(CONFIGS / config)]
+    words += nodes.words(count) if nodes else ["--num_processes", str(count), "--main_process_port", "0"]
     words += ["--max_restarts", str(max_restarts), "-m", "pretrain"]
     home = str(Path(__file__).resolve().parent.parent)
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}
@@ -105,4 +116,6 @@ def launch_words(count: int, arguments: list[str], max_restarts: int = 0) -> tup
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     if not gpu:
         environment["ACCELERATE_USE_CPU"] = "true"
+    if nodes:
+        environment |= {name: os.environ.get(name, value) for name, value in nodes.environment().items()}
     return words + arguments, environment
