@@ -26,11 +26,12 @@ class Nodes:
 
     def words(self, processes: int) -> list[str]:
         """For `accelerate launch`, with `processes` on each machine."""
-        # Each machine may say rank 0: torchrun's rendezvous deals the ranks out. Which one keeps its store is
+        # Torchrun's rendezvous deals the ranks out, whatever is said here; but of rank 0 accelerate wants the port
+        # to be free, where another machine's launcher may already keep the store. Which one keeps it is
         # said too, because torchrun would go by the machine's name alone.
         host = local_address(self.main, self.port) in _addresses(self.main, self.port)
         words = ["--rdzv_conf", f"is_host={int(host)},join_timeout={JOIN_SECONDS},timeout={STORE_SECONDS}"]
-        words += ["--num_machines", str(self.count), "--machine_rank", "0", "--rdzv_backend", "c10d"]
+        words += ["--num_machines", str(self.count), "--machine_rank", "1", "--rdzv_backend", "c10d"]
         words += ["--num_processes", str(self.count * processes)]
         return [*words, "--main_process_ip", self.main, "--main_process_port", str(self.port)]
 
