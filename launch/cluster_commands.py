@@ -71,7 +71,7 @@ def run_slurm(arguments: argparse.Namespace) -> int:
     number = slurm.submit(slurm.write(job))
     log = run / "slurm" / f"{number}.log"
     print(f"job {number}: {run / 'slurm' / 'job.sh'}\nlog: {log}\nnext: headwater status {run}")
-    return int(slurm.follow(number, log, print) != "COMPLETED") if arguments.follow else 0
+    return int(slurm.follow(run, print) != "COMPLETED") if arguments.follow else 0
 
 
 def run_kubernetes(arguments: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from data.errors import UserError
 
 JOIN_SECONDS = 900
 """How long machines wait for each other: clusters start them minutes apart, and a lost one must come back."""
-STORE_SECONDS = 120
+STORE_SECONDS = 300
 """How long the place where they meet may take to appear."""
 
 
@@ -26,11 +27,14 @@ class Nodes:
 
     def words(self, processes: int) -> list[str]:
         """For `accelerate launch`, with `processes` on each machine."""
-        # Torchrun's rendezvous deals the ranks out, whatever is said here; but of rank 0 accelerate wants the port
-        # to be free, where another machine's launcher may already keep the store. Which one keeps it is
-        # said too, because torchrun would go by the machine's name alone.
-        host = local_address(self.main, self.port) in _addresses(self.main, self.port)
-        words = ["--rdzv_conf", f"is_host={int(host)},join_timeout={JOIN_SECONDS},timeout={STORE_SECONDS}"]
+        address = local_address(self.main, self.port)
+        settings = [f"join_timeout={JOIN_SECONDS}", f"read_timeout={STORE_SECONDS}"]
+        if not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+            # Torchrun would find out by the machine's name alone which one keeps the store.
+            settings.append(f"is_host={int(address in _addresses(self.main, self.port))}")
+        words = ["--rdzv_conf", ",".join(settings)]
+        # The rendezvous deals the ranks out, whatever is said here; but of rank 0 accelerate wants the port to be
+        # free, where another launcher on this machine may already keep the store.
         words += ["--num_machines", str(self.count), "--machine_rank", "1", "--rdzv_backend", "c10d"]
         words += ["--num_processes", str(self.count * processes)]
         return [*words, "--main_process_ip", self.main, "--main_process_port", str(self.port)]

@@ -95,13 +95,14 @@ export HEADWATER_MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 
 export HEADWATER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 on_node() {{
+    trap : USR1 TERM  # SLURM signals this shell as well: it waits for what the run makes of it
 {setup}
     {command} --processes {per_node} --nodes "$SLURM_NNODES" \\
         --main-address "$HEADWATER_MAIN" --main-port "$HEADWATER_PORT"
     status=$?
     case $status in
         0 | 2 | 75) ;;  # ended, bad input, saved and to be continued
-        *) echo "$status" > "$HEADWATER_RUN/slurm/failed-$SLURM_JOB_ID-${{SLURM_RESTART_COUNT:-0}}@$SLURMD_NODENAME" ;;
+        *) echo "$status" > "$HEADWATER_RUN/slurm/failed-$SLURM_JOB_ID@$SLURMD_NODENAME" ;;
     esac
     return $status
 }}
@@ -110,19 +111,20 @@ export -f on_node
 srun --kill-on-bad-exit=1 bash -c on_node
 status=$?
 
-requeue() {{
-    echo "headwater: back into the queue ($1)"
-    scontrol requeue "$SLURM_JOB_ID" && sleep 600
-}}
-
 if [ $status -eq 75 ]; then
-    requeue "saved and to be continued"
+    echo "headwater: saved and to be continued; back into the queue"
+    scontrol requeue "$SLURM_JOB_ID" && sleep 600
 fi
-failed=("$HEADWATER_RUN"/slurm/failed-"$SLURM_JOB_ID"-*)
-if [ $status -ne 0 ] && [ -e "${{failed[0]}}" ] && [ ${{#failed[@]}} -le {failures} ]; then
-    nodes=$(printf '%s\\n' "${{failed[@]##*@}}" | sort -u | paste -sd, -)
-    [ "$SLURM_NNODES" -gt 1 ] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$nodes"
-    requeue "status $status on $nodes"
+
+# A node has failed: the same job once more, without it. (A requeued job could not be told to leave it out.)
+failed=("$HEADWATER_RUN"/slurm/failed-"$SLURM_JOB_ID"@*)
+if [ -e "${{failed[0]}}" ] && [ "${{HEADWATER_TRY:-0}}" -lt {failures} ]; then
+    export HEADWATER_TRY=$((${{HEADWATER_TRY:-0}} + 1))
+    gone=("${{failed[@]##*@}}" ${{HEADWATER_EXCLUDE:+${{HEADWATER_EXCLUDE//,/ }}}})
+    export HEADWATER_EXCLUDE=$(printf '%s\\n' "${{gone[@]}}" | sort -u | paste -sd, -)
+    next=$(sbatch --parsable --exclude="$HEADWATER_EXCLUDE" "$HEADWATER_RUN/slurm/job.sh") &&
+        printf '{{"job": %s}}\\n' "${{next%%;*}}" > "$HEADWATER_RUN/slurm/job.json" &&
+        echo "headwater: status $status; job $next goes on without $HEADWATER_EXCLUDE"
 fi
 exit $status
 """
@@ -154,8 +156,25 @@ def submit(path: Path) -> int:
     return number
 
 
-def follow(number: int, log: Path, say: Callable[[str], None]) -> str:
-    """Pass on the job's log until it has left the queue for good; returns SLURM's word for how it ended."""
+def follow(run: Path, say: Callable[[str], None]) -> str:
+    """Pass on the log of the run's job, and of those that follow it, until none is left.
+
+    Returns:
+        SLURM's word for how the last one ended, such as COMPLETED.
+    """
+    while True:
+        number = current(run)
+        state = _follow_one(number, run / "slurm" / f"{number}.log", say)
+        if current(run) == number:
+            return state
+
+
+def current(run: Path) -> int:
+    """The number of the run's newest job."""
+    return int(json.loads((run / "slurm" / "job.json").read_text())["job"])
+
+
+def _follow_one(number: int, log: Path, say: Callable[[str], None]) -> str:
     read, state, last = 0, "PENDING", ""
     while True:
         state = _state(number) or state

@@ -87,7 +87,8 @@ def _start_munge() -> subprocess.Popen[bytes] | None:
         return None
     Path("/run/munge").mkdir(exist_ok=True)
     shutil.chown("/run/munge", "munge")
-    daemon = subprocess.Popen(["setpriv", "--reuid=munge", "--regid=munge", "--init-groups", "munged", "--foreground"])
+    words = ["setpriv", "--reuid=munge", "--regid=munge", "--init-groups", "munged", "--foreground"]
+    daemon = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(Path("/run/munge/munge.socket.2").exists, 20, "munged listens")
     return daemon
 
