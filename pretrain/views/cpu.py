@@ -1,4 +1,3 @@
-# FROM THE LEAD, READ FIRST: LEAD_NOTE.txt in the root of this clone (no compiled C: remove render.c and native.py).
 """Views on a CPU, picture by picture: torch's resize of bytes, then one pass of compiled code.
 
 A picture that stays in the cache from crop to normalisation is many times cheaper than a batch that goes

@@ -1,4 +1,3 @@
-# FROM THE LEAD, READ FIRST: LEAD_NOTE.txt in the root of this clone (no compiled C: remove render.c and native.py).
 """The compiled part of making views on a CPU: `render.c`, built once and kept in the user's cache.
 
 Where there is no C compiler (or `HEADWATER_NATIVE=0` is set), `library()` is None and the same operations run

@@ -1,4 +1,3 @@
-# FROM THE LEAD, READ FIRST: LEAD_NOTE.txt in the root of this clone (no compiled C: remove render.c and native.py).
 """Augmentation: images a second against lightly's, LightlyTrain's and kornia's transforms, on the same cores.
 
     python tests/bench/views.py [--seconds 1.0] [--rounds 5] [--processes 2] [--cifar FOLDER_OF_PICTURES]
