@@ -46,8 +46,7 @@ class Nodes:
             UserError: the main machine cannot be reached from here.
         """
         address = local_address(self.main, self.port)
-        # Shared, torchrun's store is remembered from the first meeting: a machine that replaces a lost one hangs.
-        found = {"PET_LOCAL_ADDR": address, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        found = {"PET_LOCAL_ADDR": address}
         found["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # it tells at length of a store that has left before us
         name = interface(address)
         # gloo would take the interface that the host's own name leads to, which often is the loopback.

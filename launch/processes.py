@@ -116,6 +116,9 @@ def launch_words(
     environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     if not gpu:
         environment["ACCELERATE_USE_CPU"] = "true"
-    if nodes:
-        environment |= {name: os.environ.get(name, value) for name, value in nodes.environment().items()}
+    # torchrun's own meeting place, new for every start: those of accelerate's default are found stale by workers
+    # that were started again. On several machines they meet where --main-address says.
+    meeting = nodes.environment() if nodes else {"PET_STANDALONE": "1", "PET_LOCAL_ADDR": "127.0.0.1"}
+    meeting["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    environment |= {name: os.environ.get(name, value) for name, value in meeting.items()}
     return words + arguments, environment
