@@ -101,14 +101,14 @@ on_node() {{
         --main-address "$HEADWATER_MAIN" --main-port "$HEADWATER_PORT"
     status=$?
     case $status in
-        0 | 2 | 75) ;;  # ended, bad input, saved and to be continued
+        0 | 2 | 69 | 75) ;;  # ended, bad input, lost another node, saved and to be continued
         *) echo "$status" > "$HEADWATER_RUN/slurm/failed-$SLURM_JOB_ID@$SLURMD_NODENAME" ;;
     esac
     return $status
 }}
 export -f on_node
 
-srun --kill-on-bad-exit=1 bash -c on_node
+srun --wait=300 bash -c on_node
 status=$?
 
 if [ $status -eq 75 ]; then

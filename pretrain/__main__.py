@@ -10,6 +10,11 @@ from pathlib import Path
 
 from data.errors import UserError
 
+PEER_LOST = 69
+"""Exit status of a process that could not go on without another one: EX_UNAVAILABLE of sysexits.h."""
+_PEER_LOST = ("closed by peer", "reset by peer", "remote process exited")
+"""How gloo and NCCL say so."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `headwater pretrain` shares."""
@@ -52,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     except RuntimeError as error:
         # What is left of a process whose peer has ended; the peer, or the launcher, says why.
-        if "RANK" in os.environ and "closed by peer" in str(error):
-            return 1
+        if "RANK" in os.environ and any(words in str(error) for words in _PEER_LOST):
+            return PEER_LOST
         raise
     except Preempted as stop:
         if main:
