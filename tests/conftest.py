@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pretrain_kit import digits, fresh_accelerate, sentences  # noqa: F401 - fixtures
 
@@ -15,6 +19,19 @@ from data.shards import DatasetWriter
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATASETS = REPOSITORY.parent / "shared" / "datasets"
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """What a test does with signals ends with it."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def picture(number: int, height: int = 8, width: int = 8, format: str = "PNG") -> bytes:
