@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data.errors import DamagedData
 from data.index import Places, ShardIndex
+from data.open_shard import OpenShard
 from data.storage import Storage
 
 Ints = NDArray[np.int64]
@@ -38,7 +39,7 @@ class ShardReader:
         self.storage, self.wanted = storage, wanted
         self._places: OrderedDict[int, Places] = OrderedDict()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files: OrderedDict[int, OpenShard] = OrderedDict()
         self._remembered = 0
         self._cold = False
         """Whether the last reads waited for the storage: then all of the next are asked for before the first."""
@@ -59,12 +60,12 @@ class ShardReader:
             places = self.places(shard)
             table = places.table[members[here]]
             labels[here] = table[:, 3]
-            descriptor = self._file(shard)
+            file = self._file(shard)
             try:
                 if self._cold and len(table) > 1:
-                    _announce(descriptor, table)
+                    _announce(file.descriptor, table)
                 began = time.perf_counter()
-                found = _read(descriptor, table, places.checked)
+                found = _read(file, table, places.checked, self._cold)
                 seconds = time.perf_counter() - began
                 self._cold = seconds > _SLOW * len(table) + _COPYING * max(0, int(table[:, 1].sum()))
             except OSError as error:
@@ -72,7 +73,7 @@ class ShardReader:
             if isinstance(found, int):
                 raise DamagedData(self._complaint(shard, int(members[here][found]), table[found, 1]))
             if not places.checked:
-                self.storage.check(shard, descriptor)
+                self.storage.check(shard, file.descriptor)
             for place, payload in zip(here.tolist(), found, strict=True):
                 payloads[place] = payload
         return payloads, labels
@@ -99,7 +100,7 @@ class ShardReader:
     def close(self) -> None:
         """Close the open files; reading opens them again."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and what was read of indexes stay behind when a worker process gets its copy.
@@ -110,13 +111,13 @@ class ShardReader:
         if "_files" in self.__dict__:
             self.close()
 
-    def _file(self, shard: int) -> int:
+    def _file(self, shard: int) -> OpenShard:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
-        self._files[shard] = self.storage.open(shard)
+        self._files[shard] = OpenShard(self.storage.open(shard))
         if len(self._files) > self.storage.most_open:
-            os.close(self._files.popitem(last=False)[1])
+            self._files.popitem(last=False)[1].close()
         return self._files[shard]
 
     def _complaint(self, shard: int, member: int, size: int) -> str:
@@ -139,12 +140,12 @@ def _grouped(shards: Ints) -> Iterator[tuple[int, Ints]]:
         yield int(shards[here[0]]), here
 
 
-def _read(descriptor: int, table: Ints, checked: bool) -> list[bytes] | int:
+def _read(file: OpenShard, table: Ints, checked: bool, cold: bool) -> list[bytes] | int:
     """The bytes at each row's offset, or the number of the first row whose bytes are not there."""
     offsets, sizes, sums, _ = table.T.tolist()
     if len(table) and min(sizes) < 0:
         return sizes.index(min(sizes))
-    payloads = [os.pread(descriptor, size, offset) for size, offset in zip(sizes, offsets, strict=True)]
+    payloads = file.read(offsets, sizes, cold)
     found = [isal_zlib.crc32(payload) for payload in payloads] if checked else [len(payload) for payload in payloads]
     right = sums if checked else sizes
     if found != right:
