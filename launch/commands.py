@@ -162,6 +162,10 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """`headwater pretrain`: in this process, or through `accelerate launch` for several."""
+    import os
+
+    # Before torch is loaded: it tells at length of a store that has left before us.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from launch.network import nodes_for
     from launch.processes import launch, processes_for
 

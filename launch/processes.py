@@ -12,6 +12,7 @@ from typing import Any
 
 from data.errors import UserError
 from launch.network import Nodes
+from pretrain.__main__ import PEER_LOST
 from pretrain.preemption import REQUEUE, SIGNALS, Preempted
 
 CONFIGS = Path(__file__).parent / "accelerate"
@@ -49,6 +50,9 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, n
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     words, environment = launch_words(count, arguments, max_restarts, nodes)
+    if nodes:
+        nodes.wait()
+        nodes.watch()
     os.environ.update(environment)
     logging.disable(logging.ERROR)  # the launcher's own accounts of what its workers have said
     try:
@@ -59,8 +63,8 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, n
         return _failed(error)
     except (RendezvousError, DistError) as error:
         where = f" at {nodes.main}:{nodes.port}" if nodes else ""
-        print(f"headwater: the processes did not meet{where} ({str(error).splitlines()[0]})", file=sys.stderr)
-        return 1
+        print(f"headwater: the processes lost each other{where} ({str(error).splitlines()[0]})", file=sys.stderr)
+        return PEER_LOST
     return _stopped(run)
 
 
