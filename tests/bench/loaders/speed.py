@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import multiprocessing
 import time
+from collections.abc import Callable
 from statistics import median
 
 from loaders.contenders import CONTENDERS, Batches, Decode, pil_crop, tensor_crop
@@ -46,8 +47,7 @@ def _compared(
         names = list(makers)[number % len(makers) :] + list(makers)[: number % len(makers)]
         for name in names:
             loader, decode = makers[name]
-            rates[name].append(_rate(CONTENDERS[loader](pictures, workers, decode), pictures.batch))
-            gc.collect()
+            rates[name].append(_alone(lambda: CONTENDERS[loader](pictures, workers, decode), pictures.batch))  # noqa: B023
     ours = rates["headwater"]
     rows = []
     for name, found in rates.items():
@@ -55,6 +55,19 @@ def _compared(
         rows.append([name, f"{median(found):,.0f}", f"{min(found):,.0f}–{max(found):,.0f}", f"{ratio:.2f}×"])
     caption = f"**{pictures.describe()}; {what}; {workers} workers** (samples/s, {rounds} interleaved rounds)"
     return caption + "\n\n" + table(["loader", "median", "range", "headwater is"], rows)
+
+
+def _alone(make: Callable[[], Batches], size: int) -> float:
+    """`_rate` in a process of its own: some loaders leave threads behind, which would slow the next one."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: sender.send(_rate(make(), size)))
+    process.start()
+    sender.close()
+    try:
+        return float(receiver.recv())
+    finally:
+        process.join()
 
 
 def _rate(batches: Batches, size: int, seconds: float = 0.6, warm: int = 2) -> float:
