@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from data.errors import UserError
 from launch.slurm import Job, current, script
 
-JOB = Job(Path("/work/runs/a"), ["mae_cifar10", "data.train=/work/my shards"], nodes=4, gpus=8, cpus=64)
+JOB = Job(Path("/shared/runs/a"), ["mae_cifar10", "data.train=/shared/my shards"], nodes=4, gpus=8, cpus=64)
 
 
 def test_the_script_asks_for_what_was_asked() -> None:
@@ -32,7 +32,7 @@ def test_the_script_asks_for_what_was_asked() -> None:
         "--qos=long",
     ):
         assert f"#SBATCH {line}\n" in text
-    assert "'data.train=/work/my shards'" in text
+    assert "'data.train=/shared/my shards'" in text
     assert "    module load cuda\n" in text
     assert "--processes 8" in text
     assert re.search(r"#SBATCH.*gpus", script(replace(JOB, gpus=0))) is None
