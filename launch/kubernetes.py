@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data.errors import UserError
+from pretrain.exits import REQUEUE
 
 _PORT = 29400
-_SAVE = 75
-"""Exit status of a run that was told to stop, saved, and wants to go on."""
 _SHUTDOWN_SECONDS = 60
 """What the launcher and the watchdog may need besides the save."""
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
@@ -94,7 +93,7 @@ def _indexed(job: ClusterJob) -> list[dict[str, Any]]:
         "backoffLimit": job.restarts,
         "podFailurePolicy": {
             "rules": [
-                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [_SAVE]}},
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [REQUEUE]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
             ]

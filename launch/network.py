@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 
 from data.errors import UserError
-from pretrain.__main__ import PEER_LOST
+from pretrain.exits import PEER_LOST
 
 JOIN_SECONDS = 900
 """How long machines wait for each other: clusters start them minutes apart, and a lost one must come back."""

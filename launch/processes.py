@@ -12,8 +12,8 @@ from typing import Any
 
 from data.errors import UserError
 from launch.network import Nodes
-from pretrain.__main__ import PEER_LOST
-from pretrain.preemption import REQUEUE, SIGNALS, Preempted
+from pretrain.exits import PEER_LOST, REQUEUE
+from pretrain.preemption import SIGNALS, Preempted
 
 CONFIGS = Path(__file__).parent / "accelerate"
 GRACE_SECONDS = "120"

@@ -7,6 +7,7 @@ from typing import Any
 
 from data.errors import UserError
 from launch.kubernetes import ClusterJob, check, command
+from pretrain.exits import REQUEUE
 
 
 def task(job: ClusterJob, accelerator: str, bucket: str | None = None, spot: bool = True) -> dict[str, Any]:
@@ -30,8 +31,7 @@ def task(job: ClusterJob, accelerator: str, bucket: str | None = None, spot: boo
     resources: dict[str, Any] = {
         "accelerators": {accelerator: job.gpus},
         "use_spot": spot,
-        # 75: told to stop, saved, wants to go on.
-        "job_recovery": {"max_restarts_on_errors": min(job.restarts, 10), "recover_on_exit_codes": [75]},
+        "job_recovery": {"max_restarts_on_errors": min(job.restarts, 10), "recover_on_exit_codes": [REQUEUE]},
     }
     if job.image:
         resources["image_id"] = f"docker:{job.image}"

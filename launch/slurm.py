@@ -15,6 +15,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.files import write_atomically
+from pretrain.exits import PEER_LOST, REQUEUE
 
 _TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 _POLL_SECONDS = 5.0
@@ -79,6 +80,8 @@ def script(job: Job) -> str:
         command=shlex.join(command),
         per_node=per_node,
         failures=job.failures,
+        peer_lost=PEER_LOST,
+        again=REQUEUE,
     )
 
 
@@ -87,7 +90,7 @@ _SCRIPT = """#!/usr/bin/env bash
 
 # Written by `headwater launch slurm`; kept beside the run it belongs to.
 # The steps get SIGUSR1 before the time limit, and SIGTERM when the job is preempted: the run then saves and
-# ends with status 75, and this script puts the job back into the queue, where it goes on from that save.
+# ends with status {again}, and this script puts the job back into the queue, where it goes on from that save.
 set -uo pipefail
 export PYTHONPATH={home}${{PYTHONPATH:+:$PYTHONPATH}}
 export HEADWATER_RUN={run}
@@ -101,7 +104,7 @@ on_node() {{
         --main-address "$HEADWATER_MAIN" --main-port "$HEADWATER_PORT"
     status=$?
     case $status in
-        0 | 2 | 69 | 75) ;;  # ended, bad input, lost another node, saved and to be continued
+        0 | 2 | {peer_lost} | {again}) ;;  # ended, bad input, lost another node, saved and to be continued
         *) echo "$status" > "$HEADWATER_RUN/slurm/failed-$SLURM_JOB_ID@$SLURMD_NODENAME" ;;
     esac
     return $status
@@ -111,7 +114,7 @@ export -f on_node
 srun --wait=300 bash -c on_node
 status=$?
 
-if [ $status -eq 75 ]; then
+if [ $status -eq {again} ]; then
     echo "headwater: saved and to be continued; back into the queue"
     scontrol requeue "$SLURM_JOB_ID" && sleep 600
 fi

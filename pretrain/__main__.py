@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 from data.errors import UserError
+from pretrain.exits import PEER_LOST
 
-PEER_LOST = 69
-"""Exit status of a process that could not go on without another one: EX_UNAVAILABLE of sysexits.h."""
 _PEER_LOST = ("closed by peer", "reset by peer", "remote process exited")
 """How gloo and NCCL say so."""
 

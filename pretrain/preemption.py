@@ -18,14 +18,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from pretrain.clock import process_age
+from pretrain.exits import REQUEUE
 
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASONS = (*(each.name for each in SIGNALS), "STOP file", "max_time")
 """Why a run may be asked to stop; one vote each rides on the reduction that every step makes anyway."""
-REQUEUE = 75
-"""Exit status of a run that was told to stop and saved: EX_TEMPFAIL of sysexits.h, "try again later"."""
 ECHO_SECONDS = 5.0
 """Under a launcher, which passes on what it gets, a signal this soon after the first one is the same request."""
 _LOOK_SECONDS = 0.5

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-HUNG = 70
-"""Exit status of a process that stood still: EX_SOFTWARE of sysexits.h. Launchers start it again (--max-restarts)."""
+from pretrain.exits import HUNG
+
 _STEPS = 50
 """Step times that the median is taken of."""
 

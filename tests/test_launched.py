@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from pretrain_kit import ENVIRONMENT, REPOSITORY, write_recipe
 
+from pretrain.exits import REQUEUE
 from pretrain.metrics import read_metrics, read_starts
-from pretrain.preemption import REQUEUE
 
 TROUBLE = """
 import os, signal, sys, threading, time

@@ -17,8 +17,9 @@ from test_resume import assert_same
 from data.errors import UserError
 from pretrain import loop, preemption, saver, session
 from pretrain.clock import process_age, seconds_of
+from pretrain.exits import REQUEUE
 from pretrain.loop import train
-from pretrain.preemption import REQUEUE, Preempted, Preemption
+from pretrain.preemption import Preempted, Preemption
 
 SETTINGS = {"data.validation": 0.1, "watch.evaluate_every": 5, "watch.evaluate_samples": 64, "train.microbatch": 8}
 

@@ -101,6 +101,13 @@ def reached(run: Path, step: int) -> bool:
     return metrics.exists() and len(metrics.read_text().splitlines()) > step // 5
 
 
+def begun(recipe: Path, run: Path) -> int:
+    """Submit the recipe and wait until it trains."""
+    number = submitted(recipe, run)
+    slurm_kit.until(lambda: reached(run, 30), 120, "the run has begun")
+    return number
+
+
 def log(run: Path, number: int) -> str:
     path = run / "slurm" / f"{number}.log"
     return path.read_text() if path.exists() else ""
@@ -112,8 +119,7 @@ def test_told_to_stop_it_requeues_and_ends_as_if_nothing_had_been(
 ) -> None:
     recipe, undisturbed = straight
     run = tmp_path / "run"
-    number = submitted(recipe, run)
-    slurm_kit.until(lambda: reached(run, 30), 120, "the run has begun")
+    number = begun(recipe, run)
     subprocess.run(["scancel", "--signal=USR1", str(number)], check=True)  # as SLURM does before the time limit
     slurm_kit.until(lambda: slurm_kit.job(number, "Restarts") == "1", 90, f"requeued\n{log(run, number)}")
     slurm_kit.until(lambda: slurm_kit.job(number, "JobState") in ("COMPLETED", "FAILED"), 180, log(run, number))
@@ -128,8 +134,7 @@ def test_a_node_that_fails_is_left_out_of_the_next_try(
 ) -> None:
     recipe, undisturbed = straight
     run = tmp_path / "run"
-    number = submitted(recipe, run)
-    slurm_kit.until(lambda: reached(run, 30), 120, "the run has begun")
+    number = begun(recipe, run)
     first = set(slurm_kit.tell("scontrol", "show", "hostnames", slurm_kit.job(number, "NodeList")).split())
     victim = sorted(first)[-1]
     kill_launcher(victim)

@@ -12,8 +12,9 @@ import pytest
 from pretrain_kit import recipe
 
 from pretrain import loop, watchdog
+from pretrain.exits import HUNG
 from pretrain.loop import train
-from pretrain.watchdog import HUNG, Watchdog
+from pretrain.watchdog import Watchdog
 
 
 class Left(BaseException):
