@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class Training:
     seed: int
     settings: Settings
     accelerator: Accelerator
+    head: LinearHead | None = None
+    """The head that training begins from (it stays as it is: a copy is trained); a small random one without."""
+    before_step: Callable[[Encoder, float], None] | None = None
+    """Called before each step with the encoder in training and the step's progress in (0, 1): to unfreeze gradually,
+    for example. Parameters that are to be trained at some time need `requires_grad` at the start."""
 
     def fit(self, candidates: tuple[float, ...]) -> tuple[Encoder, LinearHead, dict[str, Any]]:
         """Trained encoder and head, and what was chosen.
@@ -104,7 +110,10 @@ class Training:
             torch.manual_seed(self.seed)
             for step in range(steps):
                 # The middle of the step: neither the first nor the last has a rate of zero.
-                set_lr(optimizer, warmup_cosine((step + 0.5) / steps, lr, settings.warmup))
+                progress = (step + 0.5) / steps
+                if self.before_step is not None:
+                    self.before_step(encoder, progress)
+                set_lr(optimizer, warmup_cosine(progress, lr, settings.warmup))
                 loss = self._loss(encoder, head, samples, step)
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(parameters, settings.clip)
@@ -121,7 +130,9 @@ class Training:
         return F.cross_entropy(logits, labels.to(logits.device), label_smoothing=self.settings.label_smoothing)
 
     def _head(self, encoder: Encoder, samples: Samples) -> LinearHead:
-        """A small random head behind the features as they are now, standardised."""
+        """The given head, or a small random one behind the features as they are now, standardised."""
+        if self.head is not None:
+            return copy.deepcopy(self.head).to(self.accelerator.device).train()
         head = LinearHead(encoder.features, self.classes, seed=self.seed)
         first = samples.select(np.sort(_order(len(samples), self.seed, 0)[:_STANDARD]))
         head.standardize(self._features(encoder, first))

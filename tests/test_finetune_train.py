@@ -1,5 +1,6 @@
 """Training: deterministic bit for bit, from the right weights, blind to the test set, and it learns."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import torch
 from test_finetune_kit import NAMES, digits, write_encoder, write_images
 
 from finetune.encoder import Encoder, fresh, load_encoder
+from finetune.features import accelerator_for
+from finetune.heads import LinearHead
 from finetune.run import finetune
-from finetune.settings import Settings
+from finetune.settings import Settings, settings_from
 from finetune.tasks import load_task
-from finetune.train import steps_for
+from finetune.train import Training, steps_for
 
 pytest_plugins = ["test_finetune_kit"]
 QUICK = {"cpu": True, "min_steps": 8, "epochs": 1.0, "batch_size": 16}
@@ -137,3 +140,27 @@ def test_steps_grow_with_labels_from_a_minimum() -> None:
     settings = Settings(min_steps=300, epochs=5, batch_size=32)
     assert steps_for(10, settings) == 300
     assert steps_for(6400, settings) == 1000
+
+
+def test_a_given_head_is_where_training_begins_and_each_step_is_announced(
+    export: Path, digit_shards: tuple[Path, Path]
+) -> None:
+    encoder = load_encoder(export)
+    samples = load_task(*digit_shards, encoder).train.select(np.arange(40))
+    settings = settings_from(QUICK | {"lr": 1e-12})
+    head = LinearHead(encoder.features, 10, seed=5)
+    before, seen = head.linear.weight.clone(), []
+
+    def announce(one: Encoder, progress: float) -> None:
+        assert one is not encoder
+        assert isinstance(one, Encoder)
+        seen.append(progress)
+
+    training = Training(
+        lambda: copy.deepcopy(encoder), samples, 10, 0, settings, accelerator_for(settings), head, announce
+    )
+    _, trained, _ = training.fit((1e-12,))
+    assert trained is not head
+    assert torch.equal(head.linear.weight, before)
+    torch.testing.assert_close(trained.linear.weight, before, rtol=0, atol=1e-9)
+    assert seen == [(step + 0.5) / 8 for step in range(8)]
