@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import cluster_commands, commands
+from launch import cluster_commands, commands, shard_commands, task_commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -53,9 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     _pretrain(sub)
     _replay(sub)
     _export(sub)
-    _finetune(sub)
-    _evaluate(sub)
-    _predict(sub)
+    task_commands.add(sub)
     _status(sub)
     _report(sub)
     cluster_commands.add(sub)
@@ -100,7 +98,7 @@ def _quickstart(sub: argparse._SubParsersAction) -> None:
 def _shard(sub: argparse._SubParsersAction) -> None:
     shard = sub.add_parser("shard", help="turn files into tar shards with an index")
     kinds = shard.add_subparsers(title="kinds", metavar="KIND", required=True)
-    images = _add(kinds, "images", commands.shard_images, "a folder of pictures -> shards")
+    images = _add(kinds, "images", shard_commands.shard_images, "a folder of pictures -> shards")
     images.add_argument("source", type=Path, help="folder; the first level below it names the labels")
     images.add_argument("out", type=Path, help="folder to make")
     images.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns file and label")
@@ -111,7 +109,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     images.add_argument("--dedup", action="store_true", help="store only the first of files with the same bytes")
     images.add_argument("--beside", nargs="+", default=[], metavar="EXT", help="store files beside pictures: txt json")
     text = _add(
-        kinds, "text", commands.shard_text, "text, JSONL or parquet files (.gz, .zst too) -> shards of token ids"
+        kinds, "text", shard_commands.shard_text, "text, JSONL or parquet files (.gz, .zst too) -> shards of token ids"
     )
     text.add_argument("source", nargs="+", type=Path, help="files and folders")
     text.add_argument("out", type=Path, help="folder to make")
@@ -123,13 +121,13 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     )
     text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")
     text.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
-    convert = _add(kinds, "convert", commands.shard_convert, "tars made elsewhere, compressed ones too -> shards")
+    convert = _add(kinds, "convert", shard_commands.shard_convert, "tars made elsewhere, compressed ones too -> shards")
     convert.add_argument("source", nargs="+", help="tars, folders, patterns; paths or URLs")
     convert.add_argument("out", type=Path, help="folder to make")
     convert.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
     convert.add_argument("--salvage", action="store_true", help="take what can be read of damaged and joined tars")
     convert.add_argument("--last-dot", action="store_true", help="keys end at a name's last dot, not at its first")
-    merge = _add(kinds, "merge", commands.shard_merge, "join the parts of a dataset that --part wrote")
+    merge = _add(kinds, "merge", shard_commands.shard_merge, "join the parts of a dataset that --part wrote")
     merge.add_argument("out", type=Path, help="folder that the parts were written to")
     _json(merge)
     for parser in (images, text):
@@ -140,7 +138,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
 
 
 def _inspect(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "inspect", commands.inspect, "what shards hold, and whether they are whole")
+    parser = _add(sub, "inspect", shard_commands.inspect, "what shards hold, and whether they are whole")
     parser.add_argument("shards", help="folder or glob of shards")
     parser.add_argument("--fast", action="store_true", help="skip the checksums and the search for duplicates")
     _json(parser)
@@ -181,35 +179,6 @@ def _export(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("out", type=Path, help="folder to make or replace")
     _json(parser)
-
-
-def _finetune(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "finetune", commands.finetune, "an exported encoder and labels -> a task model and its results")
-    parser.add_argument("encoder", help="an export's folder")
-    parser.add_argument("train", help="labelled shards, or a table or folder of labelled text")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategy, e.g. epochs=10")
-    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
-    parser.add_argument("--strategy", choices=["knn", "linear", "full", "scratch"], default="linear")
-    parser.add_argument("--task", choices=["classification"], default="classification")
-    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
-    parser.add_argument("--output", type=Path, help="folder for results.json and the model")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    _json(parser)
-
-
-def _evaluate(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "evaluate", commands.evaluate, "judge a saved task model on labelled data")
-    parser.add_argument("model", type=Path, help="folder that finetune --output made")
-    parser.add_argument("test", help="labelled data")
-    _json(parser)
-
-
-def _predict(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "predict", commands.predict, "labels for new files from a saved task model")
-    parser.add_argument("model", type=Path, help="folder that finetune --output made")
-    parser.add_argument("inputs", nargs="+", metavar="input", help="files, folders, texts, or - for standard input")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv or .jsonl instead of printing")
 
 
 def _status(sub: argparse._SubParsersAction) -> None:

@@ -1,0 +1,122 @@
+"""`headwater finetune`, `evaluate` and `predict`; every heavy import waits until its command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.output import tell, to_stderr
+
+
+def add(sub: argparse._SubParsersAction) -> None:
+    """Put these commands into the command line."""
+    _finetune(sub)
+    _evaluate(sub)
+    _predict(sub)
+
+
+def _finetune(sub: argparse._SubParsersAction) -> None:
+    parser = _command(sub, "finetune", finetune, "an exported encoder and labels -> a task model and its results")
+    parser.add_argument("encoder", help="an export's folder")
+    parser.add_argument("train", help="labelled shards, or a table or folder of labelled text")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategy, e.g. epochs=10")
+    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
+    parser.add_argument("--strategy", choices=["knn", "linear", "full", "scratch"], default="linear")
+    parser.add_argument("--task", choices=["classification"], default="classification")
+    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
+    parser.add_argument("--output", type=Path, help="folder for results.json and the model")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    _json(parser)
+
+
+def _evaluate(sub: argparse._SubParsersAction) -> None:
+    parser = _command(sub, "evaluate", evaluate, "judge a saved task model on labelled data")
+    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("test", help="labelled data")
+    _json(parser)
+
+
+def _predict(sub: argparse._SubParsersAction) -> None:
+    parser = _command(sub, "predict", predict, "labels for new files from a saved task model")
+    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("inputs", nargs="+", metavar="input", help="files, folders, texts, or - for standard input")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv or .jsonl instead of printing")
+
+
+def finetune(arguments: argparse.Namespace) -> int:
+    """`headwater finetune`."""
+    from finetune.run import finetune
+
+    results = finetune(
+        arguments.encoder,
+        arguments.train,
+        arguments.test,
+        task=arguments.task,
+        strategy=arguments.strategy,
+        labels_per_class=arguments.labels_per_class,
+        seeds=range(arguments.seeds),
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        report=to_stderr,
+        **_settings(arguments.settings),
+    )
+    low, high = results["interval"]
+    text = f"{arguments.strategy}: accuracy {results['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    if arguments.output:
+        text += f"\nmodel and results.json in {arguments.output}\nnext: headwater predict {arguments.output} FILES"
+    return tell(results, text, arguments)
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """`headwater evaluate`."""
+    from finetune.run import evaluate
+
+    results = evaluate(arguments.model, arguments.test, report=to_stderr)
+    low, high = results["interval"]
+    return tell(results, f"accuracy {results['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})", arguments)
+
+
+def predict(arguments: argparse.Namespace) -> int:
+    """`headwater predict`: exit status 1 when some inputs could not be read."""
+    from finetune.model import load_model
+    from finetune.predict import predict, write_rows
+
+    found = predict(load_model(arguments.model), arguments.inputs)
+    if arguments.output:
+        write_rows(found, arguments.output)
+        print(f"{len(found.rows):,} predictions in {arguments.output}")
+    else:
+        for row in found.rows:
+            print(f"{row.input}\t{row.label}\t{row.probability:.4f}")
+    if found.skipped:
+        print(f"left out {len(found.skipped)} unreadable:", file=sys.stderr)
+        for name, reason in found.skipped:
+            print(f"  {name}: {reason}", file=sys.stderr)
+    return 1 if found.skipped else 0
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    from data.errors import UserError
+
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{pair!r} is no setting; write key=value, such as epochs=10")
+        settings[key] = yaml.safe_load(value)
+    return settings
+
+
+def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:
+    parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
