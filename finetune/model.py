@@ -35,6 +35,8 @@ class TaskModel:
     classes: list[str]
     about: dict[str, Any] = field(default_factory=dict)
     """Free facts kept in task.json: strategy, seed, what was chosen, the export it came from."""
+    temperature: float = 1.0
+    """Logits are divided by it before the softmax; fitted on data of its own by `finetune.calibration`."""
 
     def probabilities(self, samples: Samples, settings: Settings | None = None) -> Tensor:
         """float32 (n, classes) on the CPU, rows sum to 1."""
@@ -44,7 +46,14 @@ class TaskModel:
     @torch.no_grad()
     def from_features(self, features: Tensor) -> Tensor:
         """The same from pooled features (n, d) on the CPU."""
-        return self.head.cpu().probabilities(features)
+        if self.temperature == 1.0:
+            return self.head.cpu().probabilities(features)
+        return self.logits(features).softmax(dim=1)
+
+    @torch.no_grad()
+    def logits(self, features: Tensor) -> Tensor:
+        """float32 (n, classes) from pooled features (n, d) on the CPU, divided by the temperature."""
+        return self.head.cpu()(features.float()) / self.temperature
 
     def save(self, folder: Path) -> None:
         """Write `task.json`, `head.safetensors` and `encoder/` (an export with these weights)."""
@@ -59,6 +68,8 @@ class TaskModel:
             "kind": self.encoder.kind,
             "classes": self.classes,
         }
+        if self.temperature != 1.0:
+            task["temperature"] = self.temperature
         text = json.dumps(task | pooling | {"head": _describe(self.head)} | self.about, indent=1, ensure_ascii=False)
         (folder / "task.json").write_text(text)
 
@@ -78,9 +89,9 @@ def load_model(folder: str | Path) -> TaskModel:
         raise UserError(f"{path} is no fine-tuned model: task.json or head.safetensors is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} is damaged ({error}); fine-tune again") from None
-    known = ("format", "task", "kind", "classes", "head", "pooling")
+    known = ("format", "task", "kind", "classes", "head", "pooling", "temperature")
     about = {name: value for name, value in task.items() if name not in known}
-    return TaskModel(encoder.eval(), head.eval(), task["classes"], about)
+    return TaskModel(encoder.eval(), head.eval(), task["classes"], about, float(task.get("temperature", 1.0)))
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
