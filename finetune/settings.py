@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from data.errors import UserError
 from finetune.encoder import Augmentation, Pooling
+from pretrain.precision import spelled
 
 Strategy = Literal["knn", "linear", "full", "scratch"]
 STRATEGIES: tuple[Strategy, ...] = ("knn", "linear", "full", "scratch")
@@ -19,7 +20,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Literal["no", "bf16", "fp16"] | None = None
+    precision: Annotated[Literal["no", "bf16", "fp16"] | None, BeforeValidator(spelled)] = None
     """Arithmetic of the encoder; weights and head stay in float32.
     Where not given, `no` (float32), or what Accelerate's environment or this process has set already."""
     cpu: bool = False

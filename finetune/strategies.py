@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 from functools import partial
 
 from accelerate import Accelerator
@@ -25,7 +26,9 @@ def strategy_from(name: str) -> Strategy:
     for strategy in STRATEGIES:
         if name == strategy:
             return strategy
-    raise UserError(f"there is no strategy {name!r}; choose one of {', '.join(STRATEGIES)}")
+    near = difflib.get_close_matches(name.lower(), STRATEGIES, n=1)
+    hint = f"did you mean {near[0]!r}? There are" if near else "choose one of"
+    raise UserError(f"there is no strategy {name!r}; {hint} {', '.join(STRATEGIES)}")
 
 
 def fit_frozen(

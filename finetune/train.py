@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +45,9 @@ class Training:
     seed: int
     settings: Settings
     accelerator: Accelerator
-    head: LinearHead | None = None
-    """The head that training begins from (it stays as it is: a copy is trained); a small random one without."""
+    head: Callable[[Encoder, Samples], LinearHead] | None = None
+    """Makes the head that training begins from, out of the samples that this training sees; a small random one
+    without."""
     before_step: Callable[[Encoder, float], None] | None = None
     """Called before each step with the encoder in training and the step's progress in (0, 1): to unfreeze gradually,
     for example. Parameters that are to be trained at some time need `requires_grad` at the start."""
@@ -132,7 +132,7 @@ class Training:
     def _head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         """The given head, or a small random one behind the features as they are now, standardised."""
         if self.head is not None:
-            return copy.deepcopy(self.head).to(self.accelerator.device).train()
+            return self.head(encoder, samples).to(self.accelerator.device).train()
         head = LinearHead(encoder.features, self.classes, seed=self.seed)
         first = samples.select(np.sort(_order(len(samples), self.seed, 0)[:_STANDARD]))
         head.standardize(self._features(encoder, first))

@@ -15,6 +15,7 @@ from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.pictures import PictureConfig
 from pretrain.objectives.texts import TextObjectiveConfig
 from pretrain.optimizer_settings import AdamWConfig, AnyOptimizer
+from pretrain.precision import spelled
 from pretrain.warmup import BatchWarmup, ContextWarmup
 
 
@@ -62,7 +63,7 @@ class TrainConfig(BaseModel):
     """Passes over the training samples; give this or `steps`."""
     microbatch: int | None = Field(default=None, gt=0)
     """Most samples a process holds at once; the rest of its share is accumulated."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(spelled)] = "no"
     """Mixed precision, by Accelerate."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""

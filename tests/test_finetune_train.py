@@ -13,6 +13,7 @@ from finetune.encoder import Encoder, fresh, load_encoder
 from finetune.features import accelerator_for
 from finetune.heads import LinearHead
 from finetune.run import finetune
+from finetune.samples import Samples
 from finetune.settings import Settings, settings_from
 from finetune.tasks import load_task
 from finetune.train import Training, steps_for
@@ -156,8 +157,12 @@ def test_a_given_head_is_where_training_begins_and_each_step_is_announced(
         assert isinstance(one, Encoder)
         seen.append(progress)
 
+    def made(one: Encoder, shown: Samples) -> LinearHead:
+        assert len(shown) == len(samples)
+        return copy.deepcopy(head)
+
     training = Training(
-        lambda: copy.deepcopy(encoder), samples, 10, 0, settings, accelerator_for(settings), head, announce
+        lambda: copy.deepcopy(encoder), samples, 10, 0, settings, accelerator_for(settings), made, announce
     )
     _, trained, _ = training.fit((1e-12,))
     assert trained is not head

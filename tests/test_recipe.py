@@ -136,6 +136,7 @@ def test_a_folder_of_a_recipe_s_name_does_not_hide_it(tmp_path: Path, monkeypatc
     ("override", "section", "key", "value"),
     [
         ("optimizer.lr=1e-3", "optimizer", "lr", 1e-3),
+        ("train.precision=no", "train", "precision", "no"),
         ("optimizer.betas=[0.8, 9e-1]", "optimizer", "betas", (0.8, 0.9)),
         ("encoder.model_args.depth=3", "encoder", "model_args", {"depth": 3}),
         ("train.clip=null", "train", "clip", None),

@@ -1,0 +1,32 @@
+"""Settings: as they come from a command line, and what a mistake is answered with."""
+
+import pytest
+import yaml
+
+from data.errors import UserError
+from finetune.settings import settings_from
+from finetune.strategies import strategy_from
+
+
+@pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
+def test_every_precision_can_be_written_on_a_command_line(word: str) -> None:
+    # YAML 1.1 reads `no` as False.
+    assert settings_from({"precision": yaml.safe_load(word)}).precision == word
+
+
+def test_a_precision_that_is_none_is_refused() -> None:
+    for wrong in (True, "int8"):
+        with pytest.raises(UserError, match="setting precision="):
+            settings_from({"precision": wrong})
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("epoch", "epochs"), ("layerdecay", "layer_decay")])
+def test_an_unknown_setting_names_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"no setting '{wrong}'.*{near}"):
+        settings_from({wrong: 1})
+
+
+@pytest.mark.parametrize(("wrong", "near"), [("lineer", "linear"), ("Full", "full")])
+def test_an_unknown_strategy_names_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"no strategy '{wrong}'; did you mean '{near}'"):
+        strategy_from(wrong)
