@@ -50,6 +50,21 @@ class Encoder(nn.Module, ABC):
     def pool(self, *inputs: Tensor) -> Tensor:
         """Pooled features (b, features) of what `inputs` returned."""
 
+    def tokens(self, *inputs: Tensor) -> Tensor:
+        """Features of what `inputs` returned before they are pooled: text (b, n, token_features), pictures
+        (b, h, w, token_features) on the grid of patches.
+
+        Raises `UserError` where the encoder has none.
+        """
+        raise UserError(
+            f"{type(self).__name__} gives one vector a sample; tasks on tokens or pixels need another encoder"
+        )
+
+    @property
+    def token_features(self) -> int:
+        """Width of what `tokens` gives."""
+        return self.features
+
     @abstractmethod
     def layers(self) -> tuple[dict[str, int], int]:
         """Depth of each parameter, 0 at the input, and the depth at which a head on top stands."""
@@ -62,9 +77,15 @@ class Encoder(nn.Module, ABC):
     def save(self, folder: Path) -> None:
         """Write the encoder, with the weights as they are now, in the layout of the export it came from."""
 
-    def forward(self, batch: ImageBatch | TextBatch, augment: Augmentation | None = None) -> Tensor:
-        """Pooled features: (b, features). `augment` draws keyed views of pictures; text has none."""
-        return self.pool(*self.inputs(batch, augment))
+    def forward(
+        self, batch: ImageBatch | TextBatch, augment: Augmentation | None = None, dense: bool = False
+    ) -> Tensor:
+        """Pooled features (b, features), or `dense` ones as `tokens` gives.
+
+        `augment` draws keyed views of pictures; text has none.
+        """
+        inputs = self.inputs(batch, augment)
+        return self.tokens(*inputs) if dense else self.pool(*inputs)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters of two or more dimensions that decay would harm, such as position embeddings."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import timm
+from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.models._manipulate import group_with_matcher
@@ -82,6 +83,20 @@ class ImageEncoder(Encoder):
     def pool(self, *inputs: Tensor) -> Tensor:
         pooled: Tensor = self.model(*inputs)
         return pooled
+
+    def tokens(self, *inputs: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_features(*inputs)  # type: ignore[operator]
+        if features.ndim == 3:  # a transformer's sequence, whatever stands before its patches
+            grid: tuple[int, int] = self.model.patch_embed.grid_size  # type: ignore[union-attr, assignment]
+            patches = features[:, features.shape[1] - grid[0] * grid[1] :]
+            return rearrange(patches, "b (h w) d -> b h w d", h=grid[0])
+        if features.shape[-1] == self.token_features:
+            return features
+        return rearrange(features, "b d h w -> b h w d")
+
+    @property
+    def token_features(self) -> int:
+        return int(self.model.num_features)  # type: ignore[arg-type]
 
     def layers(self) -> tuple[dict[str, int], int]:
         """timm's own grouping of the model's parameters into stem, blocks and what follows."""

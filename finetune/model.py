@@ -21,6 +21,7 @@ from finetune.features import accelerator_for, extract
 from finetune.heads import LinearHead, NeighbourHead
 from finetune.samples import Samples
 from finetune.settings import Settings
+from finetune.targets import Classification, Target, target_from
 
 FORMAT = 1
 Head = LinearHead | NeighbourHead
@@ -37,6 +38,12 @@ class TaskModel:
     """Free facts kept in task.json: strategy, seed, what was chosen, the export it came from."""
     temperature: float = 1.0
     """Logits are divided by it before the softmax; fitted on data of its own by `finetune.calibration`."""
+    target: Target = None  # type: ignore[assignment]
+    """What it says about a sample; a classification over `classes` where not given."""
+
+    def __post_init__(self) -> None:
+        if self.target is None:
+            self.target = Classification(self.classes)
 
     def probabilities(self, samples: Samples, settings: Settings | None = None) -> Tensor:
         """float32 (n, classes) on the CPU, rows sum to 1."""
@@ -64,9 +71,8 @@ class TaskModel:
         pooling = {"pooling": self.encoder.pooling} if self.encoder.kind == "text" else {}
         task = {
             "format": FORMAT,
-            "task": "classification",
             "kind": self.encoder.kind,
-            "classes": self.classes,
+            **self.target.describe(),
         }
         if self.temperature != 1.0:
             task["temperature"] = self.temperature
@@ -83,15 +89,17 @@ def load_model(folder: str | Path) -> TaskModel:
             raise UserError(f"{path} is a model of format {task['format']}; this version reads {FORMAT}")
         encoder = load_encoder(path / "encoder", task.get("pooling"))
         tensors = load_file(path / "head.safetensors")
-        head = _head(task["head"], tensors, len(task["classes"]))
+        target = target_from(task)
+        head = _head(task["head"], tensors, target.outputs)
         head.load_state_dict(tensors)
     except FileNotFoundError:
         raise UserError(f"{path} is no fine-tuned model: task.json or head.safetensors is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the model in {path} is damaged ({error}); fine-tune again") from None
-    known = ("format", "task", "kind", "classes", "head", "pooling", "temperature")
+    known = ("format", "kind", "head", "pooling", "temperature", *target.describe())
     about = {name: value for name, value in task.items() if name not in known}
-    return TaskModel(encoder.eval(), head.eval(), task["classes"], about, float(task.get("temperature", 1.0)))
+    temperature = float(task.get("temperature", 1.0))
+    return TaskModel(encoder.eval(), head.eval(), target.classes, about, temperature, target)
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:

@@ -16,6 +16,8 @@ from data.batch import ImageBatch, TextBatch
 from data.dataset import ShardedDataset
 from data.keyed import sample_keys
 from data.loader import sequential
+from finetune.encoder import Augmentation
+from finetune.targets import Classification, Target
 from finetune.text_encoder import DocumentEncoder
 
 Ints = NDArray[np.int64]
@@ -28,9 +30,11 @@ class Samples(ABC):
     """`n` labelled samples."""
 
     labels: Ints
-    """(n,) class numbers."""
+    """(n,) class numbers; zeros where the task is no classification, so that splits and budgets treat all alike."""
     ids: Ints
     """(n,) numbers in the dataset they come from: the roots of their random keys."""
+    target: Target
+    """What is to be said about them."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,6 +42,10 @@ class Samples(ABC):
     @abstractmethod
     def batch(self, positions: Ints, keys: Tensor) -> Any:
         """The samples at `positions` (b,), with the random `keys` (b,)."""
+
+    def truth(self, positions: Ints, keys: Tensor | None = None, augment: Augmentation | None = None) -> Tensor:
+        """What `target` compares outputs with, for `batch(positions, keys)` under `augment`; see each target."""
+        return torch.from_numpy(self.labels[positions])
 
     def select(self, positions: Ints) -> Self:
         """The samples at `positions`, sharing memory."""
@@ -61,8 +69,11 @@ class Samples(ABC):
 class ImageSamples(Samples):
     """Pictures of a sharded dataset, decoded once into memory if they fit."""
 
-    def __init__(self, dataset: ShardedDataset, ids: Ints, labels: Ints, canvas: int) -> None:
+    def __init__(
+        self, dataset: ShardedDataset, ids: Ints, labels: Ints, canvas: int, target: Target | None = None
+    ) -> None:
         """`canvas` is the side in pixels that larger pictures are shrunk to."""
+        self.target = target or numbered(labels)
         self.dataset, self.ids, self.labels, self.canvas = dataset, ids, labels, canvas
         self._images: Tensor | None = None
         self._sizes = torch.empty(0)
@@ -111,8 +122,11 @@ class ImageSamples(Samples):
 class TextSamples(Samples):
     """Texts as rows of token ids."""
 
-    def __init__(self, rows: list[NDArray[np.int64]], labels: Ints, encoder: DocumentEncoder) -> None:
+    def __init__(
+        self, rows: list[NDArray[np.int64]], labels: Ints, encoder: DocumentEncoder, target: Target | None = None
+    ) -> None:
         """`rows` come from `encoder.tokenize`."""
+        self.target = target or numbered(labels)
         self.rows, self.labels, self.encoder = rows, labels, encoder
         self.ids = np.arange(len(labels), dtype=np.int64)
 
@@ -124,3 +138,8 @@ class TextSamples(Samples):
         """Short to long, so that a batch holds little padding."""
         lengths = np.array([len(self.rows[i]) for i in self.ids])
         return np.argsort(lengths, kind="stable").astype(np.int64)
+
+
+def numbered(labels: Ints) -> Classification:
+    """Classes named by their numbers."""
+    return Classification([str(number) for number in range(int(labels.max(initial=0)) + 1)])

@@ -18,6 +18,7 @@ from finetune.image_encoder import ImageEncoder
 from finetune.labelled_text import LabelledText, read_labelled_text
 from finetune.samples import MEMORY_GIB, ImageSamples, Ints, Samples, TextSamples
 from finetune.splits import held_out
+from finetune.targets import Classification, Target
 from finetune.text_encoder import DocumentEncoder
 
 TEST_SHARE = 0.2
@@ -36,6 +37,11 @@ class Task:
     """Of the `train` and the `test` data."""
     held_out: bool
     """Whether the test samples are a share of the training data."""
+
+    @property
+    def target(self) -> Target:
+        """What the task asks about a sample."""
+        return self.train.target
 
 
 def load_task(train: str | Path, test: str | Path | None, encoder: Encoder) -> Task:
@@ -104,7 +110,7 @@ def _read_images(source: str | Path, encoder: Encoder, known: list[str] | None) 
     labels = _match(labels, names, known, source)
     hashes = _hashes([dataset.key(int(i)) for i in ids]) if known is None else np.empty(0)
     return (
-        ImageSamples(dataset, ids, labels, encoder.canvas),
+        ImageSamples(dataset, ids, labels, encoder.canvas, Classification(known or names)),
         known or names,
         dataset.fingerprint,
         hashes,
@@ -120,7 +126,7 @@ def _read_text(source: str | Path, encoder: Encoder, known: list[str] | None) ->
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers[label] for label in read.labels], dtype=np.int64)
     labels = _match(labels, names, known, source)
-    samples = TextSamples(encoder.tokenize(read.texts), labels, encoder)
+    samples = TextSamples(encoder.tokenize(read.texts), labels, encoder, Classification(known or names))
     return samples, known or names, read.fingerprint, _hashes(read.texts)
 
 

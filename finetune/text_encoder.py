@@ -76,9 +76,14 @@ class DocumentEncoder(Encoder):
         """Tokens and documents, both int64 (b, n); text is not augmented."""
         return batch.tokens, batch.documents
 
-    def pool(self, *inputs: Tensor) -> Tensor:
+    def tokens(self, *inputs: Tensor) -> Tensor:
         tokens, documents = inputs
-        hidden = self.model(tokens, documents, causal=self.loaded.causal)
+        hidden: Tensor = self.model(tokens, documents, causal=self.loaded.causal)
+        return hidden
+
+    def pool(self, *inputs: Tensor) -> Tensor:
+        documents = inputs[1]
+        hidden = self.tokens(*inputs)
         real = (documents == 0).to(hidden.dtype)
         if self.pooling == "last":
             last = rearrange(real.sum(dim=1).long() - 1, "b -> b 1 1").expand(-1, -1, hidden.shape[2])

@@ -1,0 +1,147 @@
+"""Tasks that ask for a vector a sample: several labels at once, and measured quantities."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.targets import Floats, Target, ratio
+
+THRESHOLD = 0.5
+"""A label is named from this probability on."""
+
+
+class MultiLabel(Target):
+    """Any number of labels a sample. Truth float32 (b, labels) of 0 and 1; decisions are their probabilities."""
+
+    name = "multi-label"
+    merit = "micro_f1"
+
+    def __init__(self, classes: list[str]) -> None:
+        self.classes = classes
+
+    def loss(self, outputs: Tensor, truth: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropy of each label; smoothing moves truth towards one half."""
+        smooth = truth.float() * (1 - label_smoothing) + 0.5 * label_smoothing
+        total = F.binary_cross_entropy_with_logits(outputs, smooth, reduction="sum")
+        return total, torch.full((), truth.numel(), dtype=torch.float32, device=truth.device)
+
+    def decide(self, outputs: Tensor) -> Tensor:
+        return outputs.float().sigmoid()
+
+    def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
+        """Labels named rightly, labels named, and labels present, one after the other: (n, 3 * labels)."""
+        named = torch.stack(list(decided)).numpy() >= THRESHOLD
+        present = torch.stack(list(truth)).numpy() > 0.5
+        return np.concatenate([named & present, named, present], axis=1).astype(np.float64)
+
+    def from_sums(self, sums: Floats) -> Floats:
+        """F1 over all labels together."""
+        hits, named, present = np.split(sums, 3, axis=-1)
+        return ratio(2 * hits.sum(axis=-1), named.sum(axis=-1) + present.sum(axis=-1))
+
+    def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+        """`micro_f1`, `macro_f1` over labels present or named, and `map`, the mean over labels present of the
+        average precision (the area under precision over recall, without interpolation)."""
+        sums = self.sums(decided, truth).sum(axis=0)
+        hits, named, present = np.split(sums, 3)
+        counted = named + present > 0
+        each = ratio(2 * hits, named + present)[counted]
+        return {
+            "micro_f1": float(self.from_sums(sums)),
+            "macro_f1": float(each.mean()) if counted.any() else 0.0,
+            "map": _mean_average_precision(torch.stack(list(decided)), torch.stack(list(truth))),
+        }
+
+    def constant(self, truth: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(truth)).float().mean(dim=0)
+
+    def predictions(self, decided: Tensor) -> list[dict[str, Any]]:
+        rows = decided.tolist()
+        found = [{name: p for name, p in zip(self.classes, row, strict=True) if p >= THRESHOLD} for row in rows]
+        return [{"labels": list(each), "probabilities": list(each.values())} for each in found]
+
+
+class Regression(Target):
+    """Measured quantities. Truth float32 (b, quantities) in their own units, as decisions are.
+
+    The network's outputs are standardised by the training targets' mean and deviation, which are kept here.
+    """
+
+    name = "regression"
+    merit = "r2"
+
+    def __init__(self, classes: list[str], mean: Sequence[float], scale: Sequence[float]) -> None:
+        """`mean` and `scale` (standard deviation, not 0) of each quantity."""
+        self.classes, self.mean, self.scale = classes, list(mean), list(scale)
+
+    def standardized(self, truth: Tensor) -> Tensor:
+        """Truth as the outputs are."""
+        return (truth.float() - truth.new_tensor(self.mean)) / truth.new_tensor(self.scale)
+
+    def loss(self, outputs: Tensor, truth: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Squared errors in standard deviations; there is nothing to smooth."""
+        total = (outputs - self.standardized(truth)).square().sum()
+        return total, torch.full((), truth.numel(), dtype=torch.float32, device=truth.device)
+
+    def decide(self, outputs: Tensor) -> Tensor:
+        return outputs.float() * outputs.new_tensor(self.scale) + outputs.new_tensor(self.mean)
+
+    def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
+        """One, then for each quantity squared error, deviation from the training mean, and its square: (n, 1 + 3 q)."""
+        said, true = (torch.stack(list(each)).double().numpy() for each in (decided, truth))
+        away = (true - np.array(self.mean)) / np.array(self.scale)
+        errors = ((said - true) / np.array(self.scale)) ** 2
+        return np.concatenate([np.ones((len(true), 1)), errors, away, away**2], axis=1)
+
+    def from_sums(self, sums: Floats) -> Floats:
+        """1 - squared error / variance of the judged samples, averaged over quantities; 0 where nothing varies."""
+        count = sums[..., :1]
+        errors, away, squares = np.split(sums[..., 1:], 3, axis=-1)
+        spread = squares - ratio(away**2, np.broadcast_to(count, away.shape))
+        known = spread > 1e-12 * np.maximum(squares, 1e-300)
+        found = np.where(known, 1 - errors / np.where(known, spread, 1.0), 0.0)
+        return np.asarray(found.mean(axis=-1))
+
+    def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+        """`r2`, `mae` (in the quantities' units) and `spearman`, each averaged over the quantities."""
+        said, true = (torch.stack(list(each)).double().numpy() for each in (decided, truth))
+        ranks = [_spearman(said[:, i], true[:, i]) for i in range(self.outputs)]
+        return {
+            "r2": float(self.from_sums(self.sums(decided, truth).sum(axis=0))),
+            "mae": float(np.abs(said - true).mean()),
+            "spearman": float(np.mean(ranks)),
+        }
+
+    def constant(self, truth: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(truth)).float().mean(dim=0)
+
+    def predictions(self, decided: Tensor) -> list[dict[str, Any]]:
+        return [dict(zip(self.classes, row, strict=True)) for row in decided.tolist()]
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"mean": self.mean, "scale": self.scale}
+
+
+def _mean_average_precision(probabilities: Tensor, truth: Tensor) -> float:
+    from sklearn.metrics import average_precision_score
+
+    present = truth.sum(dim=0) > 0
+    if not present.any():
+        return 0.0
+    return float(average_precision_score(truth[:, present].numpy(), probabilities[:, present].numpy(), average="macro"))
+
+
+def _spearman(one: Floats, other: Floats) -> float:
+    """Correlation of ranks, ties sharing their mean rank; 0 where either is constant."""
+    from scipy.stats import rankdata
+
+    a, b = rankdata(one), rankdata(other)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(np.corrcoef(a, b)[0, 1])
