@@ -78,7 +78,8 @@ def blend(first: TaskModel, other: TaskModel, share: float) -> TaskModel:
     head, order = other.head, [other.classes.index(name) for name in first.classes]
     assert isinstance(head, LinearHead)
     assert isinstance(first.head, LinearHead)
-    mixed = TaskModel(copy.deepcopy(first.encoder), copy.deepcopy(first.head), list(first.classes), dict(first.about))
+    mixed = copy.deepcopy(first)
+    mixed.temperature = (1 - share) * first.temperature + share * other.temperature
     _mix(mixed.encoder, other.encoder.state_dict(), share)
     ordered = copy.deepcopy(head)
     ordered.linear.weight.data, ordered.linear.bias.data = head.linear.weight.data[order], head.linear.bias.data[order]

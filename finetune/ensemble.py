@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from data.errors import UserError
 from finetune.compare import Judged, beside
 from finetune.members import LabelledData, Member, Source, ValidationData, load_members
-from finetune.model import load_model
+from finetune.model import TaskModel, load_model
 from finetune.results import FORMAT
 from finetune.saving import written
 from finetune.settings import Settings, settings_from
@@ -89,9 +89,9 @@ def load_ensemble(folder: str | Path) -> Ensemble:
     return Ensemble(members, weights, classes, {name: about[name] for name in about if name not in known})
 
 
-def is_ensemble(folder: str | Path) -> bool:
-    """Whether a folder holds an ensemble (rather than one model)."""
-    return (Path(folder).expanduser() / FILE).is_file()
+def load_any(folder: str | Path) -> TaskModel | Ensemble:
+    """Whatever a folder holds: one model or an ensemble; raises `UserError` when it is neither."""
+    return load_ensemble(folder) if (Path(folder).expanduser() / FILE).is_file() else load_model(folder)
 
 
 def ensemble(

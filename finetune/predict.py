@@ -20,11 +20,12 @@ from data.errors import UserError
 from data.files import write_atomically
 from data.images import UnreadableImage
 from data.index import IMAGE_PARTS
+from finetune.ensemble import Ensemble
 from finetune.features import accelerator_for
 from finetune.image_encoder import ImageEncoder
 from finetune.labelled_text import TEXT_COLUMNS
 from finetune.model import TaskModel
-from finetune.settings import settings_from
+from finetune.settings import Settings, settings_from
 from finetune.text_encoder import DocumentEncoder
 
 _BATCH = 64
@@ -51,7 +52,7 @@ class Predictions:
     """(file, reason) of the inputs left out."""
 
 
-def predict(model: TaskModel, inputs: Sequence[str | Path], **settings: Any) -> Predictions:
+def predict(model: TaskModel | Ensemble, inputs: Sequence[str | Path], **settings: Any) -> Predictions:
     """Predict each input, in order.
 
     For pictures, inputs are files and folders (searched to any depth). For text they are files (`.txt`:
@@ -62,23 +63,40 @@ def predict(model: TaskModel, inputs: Sequence[str | Path], **settings: Any) -> 
         UserError: an input that does not exist, or nothing to predict.
     """
     options = settings_from(settings)
-    encoder = model.encoder
-    accelerator = accelerator_for(options)
+    members = [member.model for member in model.members] if isinstance(model, Ensemble) else [model]
+    text = members[0].encoder.kind == "text"
+    texts = list(_texts(inputs)) if text else []
+    paths = [] if text else list(_pictures(inputs))
+    each: list[np.ndarray] = []
+    for member in members:
+        skipped: list[tuple[str, str]] = []
+        names, probabilities = _probabilities(member, texts, paths, skipped, options)
+        each.append(probabilities)
+    joint = model.mix(each, [member.classes for member in members]) if isinstance(model, Ensemble) else each[0]
+    places = joint.argmax(axis=1) if len(joint) else []
+    rows = [Row(n, model.classes[p], float(row[p])) for n, row, p in zip(names, joint, places, strict=True)]
+    return Predictions(rows, skipped)
+
+
+def _probabilities(
+    model: TaskModel, texts: list[str], paths: list[Path], skipped: list[tuple[str, str]], settings: Settings
+) -> tuple[list[str], np.ndarray]:
+    """Names of what could be read, and float32 (n, classes); the rest goes into `skipped`."""
+    encoder, accelerator = model.encoder, accelerator_for(settings)
     encoder.to(accelerator.device).eval()
-    rows: list[Row] = []
-    skipped: list[tuple[str, str]] = []
     if isinstance(encoder, DocumentEncoder):
-        stream = _text_batches(encoder, list(_texts(inputs)))
+        stream = _text_batches(encoder, texts)
     else:
         assert isinstance(encoder, ImageEncoder)
-        stream = _image_batches(list(_pictures(inputs)), encoder.canvas, skipped)
-    for names, batch in stream:
+        stream = _image_batches(paths, encoder.canvas, skipped)
+    names: list[str] = []
+    found = [np.empty((0, len(model.classes)), dtype=np.float32)]
+    for part, batch in stream:
         with torch.no_grad(), accelerator.autocast():
             features = encoder(batch.to(accelerator.device))
-        best = model.from_features(features.float().cpu()).max(dim=1)
-        for name, value, place in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
-            rows.append(Row(name, model.classes[place], value))
-    return Predictions(rows, skipped)
+        names += part
+        found.append(model.from_features(features.float().cpu()).numpy())
+    return names, np.concatenate(found)
 
 
 def write_rows(predictions: Predictions, path: Path) -> None:

@@ -12,15 +12,17 @@ import torch
 
 from data.errors import UserError
 from finetune.encoder import Encoder, load_encoder
+from finetune.ensemble import Ensemble, load_any
 from finetune.evidence import Score, score
 from finetune.features import accelerator_for, extract
-from finetune.model import TaskModel, claim, load_model, publish
+from finetune.members import LabelledData, Member
+from finetune.model import TaskModel, claim, publish
 from finetune.results import FORMAT, describe_encoder, describe_task, seed_entry, summarize, write_results
 from finetune.samples import Ints
 from finetune.settings import Settings, Strategy, settings_from
 from finetune.splits import subset
 from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
-from finetune.tasks import Report, Task, load_task, load_test, settle
+from finetune.tasks import Report, Task, load_task, settle
 
 
 def finetune(
@@ -78,21 +80,22 @@ def finetune(
 
 
 def evaluate(
-    model: str | Path | TaskModel, test: str | Path, *, report: Report = print, **settings: Any
+    model: str | Path | TaskModel | Ensemble, test: str | Path, *, report: Report = print, **settings: Any
 ) -> dict[str, Any]:
-    """Judge a saved model on labelled data: accuracy with its 95 % interval, macro-F1, seconds."""
+    """Judge a saved model or ensemble on labelled data: accuracy with its 95 % interval, macro-F1, seconds."""
     options, started = settings_from(settings), time.perf_counter()
-    loaded = model if isinstance(model, TaskModel) else load_model(model)
-    samples, fingerprint = load_test(test, loaded.encoder, loaded.classes)
-    judged = score(loaded.probabilities(samples, options).numpy(), samples.labels)
-    report(_line("evaluate", judged, f"{len(samples):,} test samples"))
+    loaded = model if isinstance(model, TaskModel | Ensemble) else load_any(model)
+    data = LabelledData(test, loaded.classes, report)
+    members = loaded if isinstance(loaded, Ensemble) else Ensemble([Member("model", loaded)], [1.0], loaded.classes)
+    judged = members.judge(data, options)[0].score
+    report(_line("evaluate", judged, f"{len(judged.correct):,} test samples"))
     return {
         "format": FORMAT,
         "accuracy": judged.accuracy,
         "interval": list(judged.interval),
         "macro_f1": judged.macro_f1,
         "seconds": round(time.perf_counter() - started, 3),
-        "test": {"samples": len(samples), "fingerprint": fingerprint},
+        "test": {"samples": len(judged.correct), "fingerprint": data.fingerprint},
         "classes": loaded.classes,
     }
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import cluster_commands, commands, shard_commands, task_commands
+from launch import cluster_commands, combine_commands, commands, shard_commands, task_commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _replay(sub)
     _export(sub)
     task_commands.add(sub)
+    combine_commands.add(sub)
     _status(sub)
     _report(sub)
     cluster_commands.add(sub)
@@ -127,6 +128,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     convert.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
     convert.add_argument("--salvage", action="store_true", help="take what can be read of damaged and joined tars")
     convert.add_argument("--last-dot", action="store_true", help="keys end at a name's last dot, not at its first")
+    combine_commands.add_corrupt(kinds)
     merge = _add(kinds, "merge", shard_commands.shard_merge, "join the parts of a dataset that --part wrote")
     merge.add_argument("out", type=Path, help="folder that the parts were written to")
     _json(merge)

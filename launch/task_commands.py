@@ -81,10 +81,10 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 def predict(arguments: argparse.Namespace) -> int:
     """`headwater predict`: exit status 1 when some inputs could not be read."""
-    from finetune.model import load_model
+    from finetune.ensemble import load_any
     from finetune.predict import predict, write_rows
 
-    found = predict(load_model(arguments.model), arguments.inputs)
+    found = predict(load_any(arguments.model), arguments.inputs)
     if arguments.output:
         write_rows(found, arguments.output)
         print(f"{len(found.rows):,} predictions in {arguments.output}")
