@@ -79,7 +79,8 @@ class Loader:
         self.share.check(self.batch_size)
         self.damaged: int = 0
         """Damaged samples that this process has replaced (see `data.damage`); never more than the dataset tolerates."""
-        self._tolerance = dataset.tolerance
+        self.tolerance: int = dataset.tolerance
+        """Damaged samples that may be replaced."""
         self._untold: tuple[int, list[str]] = (0, [])
         self._requests = Requests(dataset, self.share, self._sizes, seed, start)
         if dataset.kind == "images" and canvas is None and decode is None:
@@ -126,9 +127,9 @@ class Loader:
         self.damaged += len(reports)
         count, sentences = self._untold
         self._untold = count + len(reports), (sentences + list(reports))[:_MOST_REPORTS]
-        if self.damaged > self._tolerance:
+        if self.damaged > self.tolerance:
             raise DamagedData(
-                f"{self.damaged} damaged samples are more than the {self._tolerance} that are tolerated "
+                f"{self.damaged} damaged samples are more than the {self.tolerance} that are tolerated "
                 f"(data.damaged); the last: {reports[-1]}"
             )
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from data.errors import UserError
 from pretrain.objectives.protocol import JointObjective
 from pretrain.preemption import elastic, launched
-from pretrain.recipe import Recipe
+from pretrain.recipe import Recipe, RunRecipe
 from pretrain.sharding import is_sharded, shard
 
 T = TypeVar("T")
@@ -115,7 +115,7 @@ def heard(accelerator: Accelerator) -> Iterator[None]:
         raise
 
 
-def start_trackers(accelerator: Accelerator, recipe: Recipe, extra: dict[str, Any]) -> None:
+def start_trackers(accelerator: Accelerator, recipe: RunRecipe, extra: dict[str, Any]) -> None:
     """Open the recipe's trackers, with its settings as flat names.
 
     The ids of runs are kept in `extra`, part of the training state, so that a resumed run goes on in the same one

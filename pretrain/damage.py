@@ -5,12 +5,12 @@ from __future__ import annotations
 from accelerate.utils import gather_object
 
 from data.errors import DamagedData
-from pretrain.setup import Setup
+from pretrain.job import Job
 
 _MOST_TOLD = 5
 
 
-def count_damage(setup: Setup) -> list[str]:
+def count_damage(job: Job) -> list[str]:
     """Bring `state.damaged` up to date: damaged samples that all processes have replaced since the run began.
 
     Every process must call it at the same step. Returns what was wrong with some of the new ones, and does
@@ -19,10 +19,10 @@ def count_damage(setup: Setup) -> list[str]:
     Raises:
         DamagedData: more were replaced than `data.damaged` allows; on every process.
     """
-    state, tolerated = setup.state, setup.recipe.data.damaged
+    state, tolerated = job.state, job.loader.tolerance
     if not tolerated:
         return []
-    counts, told = zip(*gather_object([setup.loader.take_damage()]), strict=True)
+    counts, told = zip(*gather_object([job.loader.take_damage()]), strict=True)
     state.damaged += sum(counts)
     sentences = [sentence for each in told for sentence in each]
     if state.damaged > tolerated:

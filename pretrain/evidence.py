@@ -27,7 +27,7 @@ def keep_evidence(session: Session, sums: Sums) -> None:
     All processes call it. A loss scaler's overflow alone is no evidence: lowering the scale answers it. A disk
     that is full keeps nothing and stops nothing.
     """
-    state = session.setup.state
+    state = session.job.state
     overflow = state.scaler is not None and math.isfinite(sums.loss) and not math.isfinite(sums.norm)
     if overflow or session.reported >= MOST_REPORTS:
         return
@@ -40,10 +40,10 @@ def keep_evidence(session: Session, sums: Sums) -> None:
         "loss": sums.means["loss"],
         "gradient_norm": sums.norm,
         "position": state.position - sums.samples,
-        "epoch": state.position / len(session.setup.data.train),
+        "epoch": state.position / session.job.samples,
         "processes": everyone,
     }
-    if session.setup.main:
+    if session.job.main:
         _write(session, folder, report)
     if state.skipped == 1 and session.dumped < MOST_STATES:
         session.dumped += 1
@@ -52,7 +52,7 @@ def keep_evidence(session: Session, sums: Sums) -> None:
 
 def _process(session: Session, sums: Sums) -> dict[str, Any]:
     return {
-        "process": session.setup.accelerator.process_index,
+        "process": session.job.accelerator.process_index,
         "loss_sum": sums.mine,
         "ids": [number for ids, _ in sums.seen for number in ids.tolist()],
         "keys": [number for _, keys in sums.seen for number in keys.tolist()],
@@ -69,12 +69,12 @@ def _write(session: Session, folder: Path, report: dict[str, Any]) -> None:
 
 def _dump(session: Session, folder: Path, sums: Sums) -> None:
     """The state before the step: nothing has changed since but the counts."""
-    setup = session.setup
-    snapshot = setup.state.snapshot(setup.recipe, setup.data.facts)
-    before = {"step": setup.state.step - 1, "position": setup.state.position - sums.samples, "skipped": 0}
+    job = session.job
+    snapshot = job.state.snapshot(job.recipe, job.facts)
+    before = {"step": job.state.step - 1, "position": job.state.position - sums.samples, "skipped": 0}
     snapshot.state.update(before)
-    accelerator = setup.accelerator
+    accelerator = job.accelerator
     saver = Saver(folder, Retention(1), accelerator.process_index, accelerator.num_processes, "bad", background=False)
-    saver.save(setup.state.step - 1, snapshot)
+    saver.save(job.state.step - 1, snapshot)
     if saver.problem:
         session.line.say(f"{saver.problem}; the run goes on without this evidence")

@@ -55,7 +55,7 @@ class Preempted(BaseException):
 class Preemption:
     """Whether this process has been asked to stop, and the votes by which all processes come to agree."""
 
-    def __init__(self, stop: Path, limit: float | None = None, main: bool = True) -> None:
+    def __init__(self, stop: Path | None, limit: float | None = None, main: bool = True) -> None:
         """For a run that stops when the file `stop` exists, or `limit` seconds after its launcher started.
 
         Only the `main` process looks at the file and at the clock; each hears its own signals.
@@ -112,7 +112,7 @@ class Preemption:
 
     def obeyed(self) -> None:
         """Take the STOP file away, so that the same command goes on next time."""
-        if self.main:
+        if self.main and self.stop is not None:
             with contextlib.suppress(OSError):
                 self.stop.unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ class Preemption:
             signal.raise_signal(number)
 
     def _found(self, now: float) -> bool:
-        if now - self._looked > _LOOK_SECONDS:
+        if self.stop is not None and now - self._looked > _LOOK_SECONDS:
             self._looked, self._stop_seen = now, self.stop.exists()
         return self._stop_seen
 

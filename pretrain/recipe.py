@@ -140,8 +140,8 @@ ObjectiveConfig = Annotated[PictureConfig | TextObjectiveConfig, Field(discrimin
 Optimizer = Annotated[AnyOptimizer, Field(discriminator="name")]
 
 
-class Recipe(BaseModel):
-    """Everything that defines a run."""
+class RunRecipe(BaseModel):
+    """What the loop reads of a recipe, whatever is trained."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -149,14 +149,38 @@ class Recipe(BaseModel):
     """Names the run's folder: letters, digits, `_`, `-` and dots."""
     seed: int = 0
     """Of the initial weights, the order of samples, views and masks."""
+    optimizer: Optimizer = Field(default_factory=AdamWConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+
+    def pieces(self, progress: float) -> int:
+        """Rows that each row of a batch is cut into at `progress`."""
+        return 1
+
+    def identity(self) -> dict[str, Any]:
+        """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
+
+        How the global batch is split does not count, nor how the same sums are computed (`compile`,
+        `deterministic`, `shard`), which changes their rounding alone.
+        """
+        whole = self.model_dump(mode="json", exclude={"name", "watch"})
+        for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch", "shard", "compile", "deterministic"):
+            del whole["train"][how]
+        return whole
+
+    def hash(self) -> str:
+        """Short hash of `identity`."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Recipe(RunRecipe):
+    """Everything that defines a pre-training run."""
+
     start: str | None = None
     """Folder of trained weights to start from: an export, or a transformers checkpoint of the same architecture."""
     data: DataConfig = Field(default_factory=DataConfig)
     encoder: Encoder
     objective: ObjectiveConfig
-    optimizer: Optimizer = Field(default_factory=AdamWConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    watch: WatchConfig = Field(default_factory=WatchConfig)
 
     @model_validator(mode="before")
     @classmethod
@@ -174,22 +198,17 @@ class Recipe(BaseModel):
         seen, full, warmup = self.train.epochs * samples, self.train.batch_size, self.train.batch_warmup
         return max(1, round(seen / full) if warmup is None else warmup.steps(seen, full))
 
-    def identity(self) -> dict[str, Any]:
-        """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
+    def pieces(self, progress: float) -> int:
+        """More than one while short rows are trained on (`train.context_warmup`; text only)."""
+        warmup = self.train.context_warmup
+        return warmup.pieces(progress, self.encoder.context) if warmup and self.encoder.kind == "text" else 1
 
-        Where the shards lie does not count (their fingerprint does), nor how the global batch is split, nor how
-        the same sums are computed (`compile`, `deterministic`, `shard`), which changes their rounding alone.
-        """
-        whole = self.model_dump(mode="json", exclude={"name", "watch"})
+    def identity(self) -> dict[str, Any]:
+        """The parts that decide what is trained; where the shards lie does not count (their fingerprint does)."""
+        whole = super().identity()
         for where in ("train", "resident", "watched", "workers", "damaged"):
             del whole["data"][where]
         whole["start"] = self.start is not None
-        for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch", "shard", "compile", "deterministic"):
-            del whole["train"][how]
         if isinstance(self.data.validation, str):  # a share is cut off the training samples; other shards are not
             whole["data"]["validation"] = None
         return whole
-
-    def hash(self) -> str:
-        """Short hash of `identity`."""
-        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]

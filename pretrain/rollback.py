@@ -23,23 +23,23 @@ def roll_back(session: Session, why: str) -> None:
     Raises:
         RunFailed: there is no such checkpoint, or the run was rolled back `train.rollbacks` times already.
     """
-    setup, run, state = session.setup, session.run, session.setup.state
+    job, run, state = session.job, session.run, session.job.state
     bad, reached, end = state.skipped, state.step, state.position
     left_out = [*state.extra.get("left_out", [])]
     session.saver.finish()
     target = None
-    if len(left_out) < setup.recipe.train.rollbacks:
-        target = on_main(setup.accelerator, lambda: _target(run.checkpoints, reached - bad))
+    if len(left_out) < job.recipe.train.rollbacks:
+        target = on_main(job.accelerator, lambda: _target(run.checkpoints, reached - bad))
     if target is None:
         raise RunFailed(
             f"{bad} steps in a row did not count ({why}), after {len(left_out)} roll-backs; {run.path / 'bad'} has the "
             "samples and the state: see headwater replay. Start again with another --output and a lower optimizer.lr, "
             "or with train.precision=bf16"
         )
-    state.restore(target, setup.recipe, setup.data.facts)
+    state.restore(target, job.recipe, job.facts)
     first = state.position
     event = {"step": state.step, "samples": first, "rolled_back_from": reached, "left_out": [first, end], "why": why}
-    on_main(setup.accelerator, lambda: run.rewind(state.step, event))
+    on_main(job.accelerator, lambda: run.rewind(state.step, event))
     state.extra["left_out"] = [*left_out, [first, end]]
     state.position, state.skipped = end, 0
     session.saved, session.saver.last = state.step, target

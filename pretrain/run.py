@@ -22,7 +22,7 @@ from data.errors import UserError
 from data.files import append, write_atomically
 from pretrain.metrics import read_metrics
 from pretrain.preemption import Preempted
-from pretrain.recipe import Recipe
+from pretrain.recipe import RunRecipe
 from pretrain.state import TrainingState
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "timm", "transformers", "lightly", "webdataset", "numpy")
@@ -42,7 +42,7 @@ class RunFolder:
         self._waiting = ""
         """Lines for metrics.jsonl that a full disk did not take."""
 
-    def begin(self, recipe: Recipe, step: int) -> None:
+    def begin(self, recipe: RunRecipe, step: int) -> None:
         """Claim the folder, describe the run and cut metrics back to `step`, where it starts or goes on.
 
         Raises:

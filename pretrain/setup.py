@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from data.loader import Loader
 from data.resident import Resident, ResidentLoader
@@ -15,6 +14,7 @@ from pretrain.accelerator import make_accelerator, place, wrap
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.continuation import take_over
 from pretrain.ema import start_average
+from pretrain.job import Job
 from pretrain.norm import synchronise
 from pretrain.optim import build_optimizer
 from pretrain.preemption import Preemption
@@ -23,27 +23,12 @@ from pretrain.state import TrainingState
 
 
 @dataclass
-class Setup:
-    """The parts of a run on this process."""
+class Setup(Job):
+    """The parts of a pre-training run on this process."""
 
     recipe: Recipe
-    """Resolved: nothing in it is left open."""
-    accelerator: Accelerator
-    data: Datasets
-    state: TrainingState
-    """What changes from step to step, and is saved."""
-    model: nn.Module
-    """`state.objective` as it is called: wrapped for several processes and mixed precision."""
     loader: Loader
-    steps: int
-    """Optimiser steps of the whole run."""
-    preemption: Preemption
-    """Whether the run has been asked to stop."""
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return bool(self.accelerator.is_main_process)
+    data: Datasets
 
 
 def prepare(recipe: Recipe, folder: Path) -> Setup:
@@ -75,7 +60,9 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     model, optimizer = wrap(accelerator, objective, optimizer)
     state = TrainingState(objective, optimizer, average, accelerator.scaler)
     preemption = Preemption(folder / "STOP", recipe.watch.max_time, accelerator.is_main_process)
-    return Setup(recipe, accelerator, data, state, model, loader, recipe.steps(len(data.train)), preemption)
+    samples, facts = len(data.train), data.facts
+    steps = recipe.steps(samples)
+    return Setup(recipe, accelerator, state, model, loader, steps, preemption, samples, facts, data)
 
 
 def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loader:

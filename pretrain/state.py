@@ -19,7 +19,7 @@ from pretrain import checkpoint
 from pretrain.checkpoint import Checkpoint
 from pretrain.objectives.protocol import Objective
 from pretrain.optimizer_state import load_optimizer, optimizer_groups, optimizer_tensors
-from pretrain.recipe import Recipe
+from pretrain.recipe import RunRecipe
 from pretrain.sharding import local, local_rows
 from pretrain.tensors import Stored
 
@@ -49,7 +49,7 @@ class TrainingState:
     """Whatever else must survive, as JSON can hold it and by owner: statistics of losses, ranges of samples left
     out, the best metric, ids of trackers' runs. Saved and restored whole."""
 
-    def snapshot(self, recipe: Recipe, data: Any) -> Checkpoint:
+    def snapshot(self, recipe: RunRecipe, data: Any) -> Checkpoint:
         """The live tensors by kind, and the rest as JSON; the saver takes the copy.
 
         `data` says which data they were trained on (`Datasets.facts`).
@@ -70,7 +70,7 @@ class TrainingState:
         }
         return Checkpoint(tensors, state)
 
-    def restore(self, path: Path, recipe: Recipe, data: Any) -> None:
+    def restore(self, path: Path, recipe: RunRecipe, data: Any) -> None:
         """Take over a verified checkpoint, saved by any number of processes, sharded or not.
 
         Raises:
@@ -102,7 +102,7 @@ class TrainingState:
         return modules if self.average is None else modules | {"ema": self.average}
 
 
-def check_same(path: Path, saved: Mapping[str, Any], recipe: Recipe, data: Any) -> None:
+def check_same(path: Path, saved: Mapping[str, Any], recipe: RunRecipe, data: Any) -> None:
     """Raise `UserError`, with what differs, unless a checkpoint's run is the recipe's on the same data."""
     changes = differences(saved["identity"], recipe.identity())
     if changes:

@@ -15,7 +15,7 @@ from pretrain_kit import recipe
 from test_resume import assert_same
 
 from data.errors import UserError
-from pretrain import loop, preemption, saver, session
+from pretrain import loop, preemption, pretraining, saver
 from pretrain.clock import process_age, seconds_of
 from pretrain.exits import REQUEUE
 from pretrain.loop import train
@@ -78,7 +78,7 @@ def test_asked_to_stop_it_saves_and_goes_on(
         elif way == "STOP file":
             at_step(patch, 6, (run / "STOP").touch)
         elif way == "evaluation":
-            during(patch, session, "evaluate", terminate)
+            during(patch, pretraining, "evaluate", terminate)
         else:
             during(patch, saver.Saver, "_copy", terminate)
         with pytest.raises(Preempted) as stop:

@@ -51,6 +51,9 @@ class Objective(nn.Module, ABC):
     def read(self, data: Samples) -> None:
         """Called once before training, and before a checkpoint is restored: what only the training data can tell."""
 
+    def before_step(self, progress: float) -> None:
+        """Called before each optimiser step, which may turn out not to count: what is frozen until when."""
+
     def after_step(self, progress: float, statistics: Tensors) -> None:
         """Called once after each optimiser step that counts: teachers, centres, queues.
 
