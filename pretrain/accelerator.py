@@ -74,13 +74,20 @@ def place(module: nn.Module, recipe: Recipe, accelerator: Accelerator) -> None:
         module.to(accelerator.device)
 
 
-def wrap(accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-    """The objective and its optimiser, prepared for the devices, the precision and the processes at hand."""
+def wrap(
+    accelerator: Accelerator, objective: nn.Module, optimizer: Optimizer, changing: bool = False
+) -> tuple[nn.Module, Optimizer]:
+    """The objective and its optimiser, prepared for the devices, the precision and the processes at hand.
+
+    Args:
+        changing: which parameters get a gradient may change from step to step, or is not known before. Then there
+            is no DistributedDataParallel, which expects all; the loop averages what gradients there are.
+    """
     with warnings.catch_warnings():
         # Newer torch prefers `forward_sync_buffers`, which older ones and Accelerate do not know.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         # What is sharded needs no wrapper for several processes, only mixed precision.
-        model = accelerator.prepare_model(objective, evaluation_mode=is_sharded(objective))
+        model = accelerator.prepare_model(objective, evaluation_mode=changing or is_sharded(objective))
     return model, accelerator.prepare_optimizer(optimizer)
 
 

@@ -65,7 +65,7 @@ class Job:
 
 
 class Duties:
-    """What a kind of job does beside its steps, by default nothing. All processes call each method at the same steps."""
+    """What a kind of job does beside its steps, by default nothing. All processes call each at the same steps."""
 
     cadence: int = 0
     """Steps between two evaluations, one at the end included; 0 for never."""

@@ -21,7 +21,7 @@ from pretrain.preemption import verdict
 from pretrain.pretraining import EXPORT, Pretraining
 from pretrain.progress import ProgressLine
 from pretrain.recipe import Recipe
-from pretrain.rollback import roll_back
+from pretrain.rollback import RunFailed, roll_back
 from pretrain.run import RunFolder
 from pretrain.saver import saving
 from pretrain.session import Session
@@ -103,6 +103,21 @@ def _run(session: Session) -> None:
         if session.due(watch.checkpoint_every) or session.duties.over():
             session.save()
     session.finish()
+
+
+def run_in_memory(job: Job, duties: Duties) -> None:
+    """Take all steps of a job that leaves no trace: no folder, no checkpoints; evaluations where they are due.
+
+    Raises `RunFailed` when too many steps in a row were bad.
+    """
+    state, batches = job.state, iter(job.loader)
+    while state.step < job.steps and not duties.over():
+        sums = take_step(job, batches)
+        if state.skipped > job.recipe.train.skips:
+            raise RunFailed(f"{state.skipped} steps in a row did not count ({sums.trouble})")
+        if duties.cadence and (state.step % duties.cadence == 0 or state.step == job.steps):
+            duties.evaluate()
+            state.extra["evaluated"] = state.step
 
 
 def take_step(job: Job, batches: Iterator[Any]) -> Sums:

@@ -39,9 +39,14 @@ class Lamb(timm.optim.Lamb):
         return loss
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimiser that `config` names over `module`'s trainable parameters, fused where the library can."""
-    groups = parameter_groups(module, config.weight_decay, config.layer_decay)
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, groups: list[dict[str, Any]] | None = None
+) -> Optimizer:
+    """The optimiser that `config` names over `module`'s trainable parameters, fused where the library can.
+
+    `groups` are as `parameter_groups` makes them, which is done here without.
+    """
+    groups = parameter_groups(module, config.weight_decay, config.layer_decay) if groups is None else groups
     fused = all(parameter.device.type in ("cpu", "cuda") for group in groups for parameter in group["params"])
     optimizer = _build(module, config, groups, fused)
     set_lr(optimizer, config.lr)
