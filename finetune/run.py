@@ -1,4 +1,4 @@
-"""Fine-tune, judge on the test set, save: what `headwater finetune` and `headwater evaluate` do."""
+"""Fine-tune, judge on the test set, save: what `headwater finetune` does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import torch
 
 from data.errors import UserError
 from finetune.encoder import Encoder, load_encoder
-from finetune.ensemble import Ensemble, load_any
 from finetune.evidence import Score, score
 from finetune.features import accelerator_for, extract
-from finetune.members import LabelledData, Member
 from finetune.model import TaskModel, claim, publish
 from finetune.results import FORMAT, describe_encoder, describe_task, seed_entry, summarize, write_results
 from finetune.samples import Ints
@@ -77,27 +75,6 @@ def finetune(
         if hidden is not None:
             _remove(hidden)
     return results
-
-
-def evaluate(
-    model: str | Path | TaskModel | Ensemble, test: str | Path, *, report: Report = print, **settings: Any
-) -> dict[str, Any]:
-    """Judge a saved model or ensemble on labelled data: accuracy with its 95 % interval, macro-F1, seconds."""
-    options, started = settings_from(settings), time.perf_counter()
-    loaded = model if isinstance(model, TaskModel | Ensemble) else load_any(model)
-    data = LabelledData(test, loaded.classes, report)
-    members = loaded if isinstance(loaded, Ensemble) else Ensemble([Member("model", loaded)], [1.0], loaded.classes)
-    judged = members.judge(data, options)[0].score
-    report(_line("evaluate", judged, f"{len(judged.correct):,} test samples"))
-    return {
-        "format": FORMAT,
-        "accuracy": judged.accuracy,
-        "interval": list(judged.interval),
-        "macro_f1": judged.macro_f1,
-        "seconds": round(time.perf_counter() - started, 3),
-        "test": {"samples": len(judged.correct), "fingerprint": data.fingerprint},
-        "classes": loaded.classes,
-    }
 
 
 def _study(

@@ -36,6 +36,10 @@ def _evaluate(sub: argparse._SubParsersAction) -> None:
     parser = _command(sub, "evaluate", evaluate, "judge a saved task model on labelled data")
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
     parser.add_argument("test", help="labelled data")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, e.g. inference_batch=64")
+    parser.add_argument("--calibrate", metavar="DATA", help="labelled data to fit the model's temperature on, first")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for results.json, items.csv, diagrams")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     _json(parser)
 
 
@@ -72,11 +76,37 @@ def finetune(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """`headwater evaluate`."""
-    from finetune.run import evaluate
+    from finetune.evaluation import evaluate
 
-    results = evaluate(arguments.model, arguments.test, report=to_stderr)
-    low, high = results["interval"]
-    return tell(results, f"accuracy {results['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})", arguments)
+    results = evaluate(
+        arguments.model,
+        arguments.test,
+        calibrate=arguments.calibrate,
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        report=to_stderr,
+        **_settings(arguments.settings),
+    )
+    return tell(results, "\n".join([*_measures(results), *_classes(results["per_class"])]), arguments)
+
+
+def _measures(results: dict[str, Any]) -> list[str]:
+    heat = f", temperature {results['temperature']:.4g}" if results["temperature"] else ""
+    lines = [f"{results['test']['samples']:,} test samples{heat}"]
+    for name, (low, high) in results["intervals"].items():
+        lines.append(f"{name.replace('_', ' '):<28} {results[name]:.4f}   {low:.4f} to {high:.4f}")
+    return lines
+
+
+def _classes(table: list[dict[str, Any]], most: int = 100) -> list[str]:
+    widest = min(40, max(len(row["class"]) for row in table))
+    lines = ["", f"{'class':<{widest}}   items  predicted  precision  recall     F1"]
+    for row in table[:most]:
+        shares = [f"{row[name]:.3f}" if row[name] is not None else "-" for name in ("precision", "recall", "f1")]
+        name = " ".join(row["class"].split())[:widest]
+        counts = f"{row['items']:>7,}  {row['predicted']:>9,}"
+        lines.append(f"{name:<{widest}} {counts}  {shares[0]:>9}  {shares[1]:>6}  {shares[2]:>5}")
+    return lines + ([f"… and {len(table) - most} more classes (--json or --output)"] if len(table) > most else [])
 
 
 def predict(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,10 @@ from test_finetune_kit import digits, sentences, write_encoder
 
 from data.errors import UserError
 from finetune.encoder import load_encoder
+from finetune.evaluation import evaluate
 from finetune.model import load_model
 from finetune.predict import predict, write_rows
-from finetune.run import evaluate, finetune
+from finetune.run import finetune
 from finetune.tasks import load_test
 
 pytest_plugins = ["test_finetune_kit"]
