@@ -16,6 +16,7 @@ from finetune.compare import Judged
 from finetune.model import TaskModel, load_model
 from finetune.samples import Samples
 from finetune.settings import Settings
+from finetune.targets import Classification
 from finetune.tasks import Report, load_task, load_test, settle
 
 
@@ -42,6 +43,9 @@ def load_members(sources: Sequence[Source], least: int = 1) -> list[Member]:
         raise UserError(f"{len(sources)} model was given, and combining takes {least} or more")
     members = [s if isinstance(s, Member) else Member(str(s), load_model(s), Path(s).expanduser()) for s in sources]
     first = members[0]
+    for member in members:
+        if not isinstance(member.model.target, Classification):
+            raise UserError(f"{member.name} is for {member.model.target.name}; only classifications are combined")
     for other in members[1:]:
         if first.model.encoder.kind != other.model.encoder.kind:
             raise UserError(

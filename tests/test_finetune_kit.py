@@ -63,10 +63,10 @@ def write_encoder(folder: Path, seed: int = 0, **model_args: object) -> Path:
     return folder
 
 
-def write_text_encoder(folder: Path, seed: int = 0) -> Path:
+def write_text_encoder(folder: Path, seed: int = 0, vocabulary: int = 300) -> Path:
     """A small untrained causal text encoder in transformers' layout, with a tokenizer."""
-    config = TextConfig(vocab_size=300, width=32, depth=2, heads=2, intermediate_size=48, context=32)
-    tokenizer = train_tokenizer(["the good and the bad, a fine dull film"] * 20, 300)
+    config = TextConfig(vocab_size=vocabulary, width=32, depth=2, heads=2, intermediate_size=48, context=32)
+    tokenizer = train_tokenizer(["the good and the bad, a fine dull film"] * 20, vocabulary)
     config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
