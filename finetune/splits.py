@@ -20,7 +20,7 @@ def subset(labels: Indices, per_class: int | None, seed: int) -> Indices:
     labelled = labels >= 0
     if per_class is None:
         return np.flatnonzero(labelled)
-    return np.flatnonzero(labelled & (_ranks(labels, hash64(seed, 0x5B5E7, _positions(labels))) < per_class))
+    return np.flatnonzero(labelled & (ranks(labels, hash64(seed, 0x5B5E7, _positions(labels))) < per_class))
 
 
 def folds(labels: Indices, count: int, seed: int) -> Indices:
@@ -28,7 +28,7 @@ def folds(labels: Indices, count: int, seed: int) -> Indices:
 
     Samples of fold -1 always train: held out, nobody could have learned their class.
     """
-    number = _ranks(labels, hash64(seed, 0xF01D5, _positions(labels)))
+    number = ranks(labels, hash64(seed, 0xF01D5, _positions(labels)))
     singles = np.bincount(labels)[labels] == 1
     # Starting each class at another fold spreads small classes over the folds.
     return np.where(singles, -1, (number + labels) % count)
@@ -42,14 +42,14 @@ def held_out(labels: Indices, share: float, hashes: NDArray[np.uint64]) -> NDArr
     """
     sizes = np.bincount(labels)
     quota = np.where(sizes > 1, np.clip(np.round(sizes * share), 1, None), 0)
-    return _ranks(labels, hashes) < quota[labels]
+    return ranks(labels, hashes) < quota[labels]
 
 
 def _positions(labels: Indices) -> Indices:
     return np.arange(len(labels), dtype=np.int64)
 
 
-def _ranks(labels: Indices, numbers: NDArray[np.uint64]) -> Indices:
+def ranks(labels: Indices, numbers: NDArray[np.uint64]) -> Indices:
     """Each sample's rank within its class, by `numbers` and then by position."""
     order = np.lexsort((numbers, labels))
     grouped = labels[order]

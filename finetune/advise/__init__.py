@@ -1,0 +1,1 @@
+"""Label-budget studies."""
