@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import cluster_commands, combine_commands, commands, shard_commands, task_commands
+from launch import advise_commands, cluster_commands, combine_commands, commands, shard_commands, task_commands
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     combine_commands.add(sub)
     _status(sub)
     _report(sub)
+    advise_commands.add(sub)
     cluster_commands.add(sub)
     return parser
 

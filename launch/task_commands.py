@@ -65,7 +65,7 @@ def finetune(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         overwrite=arguments.overwrite,
         report=to_stderr,
-        **_settings(arguments.settings),
+        **settings_of(arguments.settings),
     )
     low, high = results["interval"]
     text = f"{arguments.strategy}: accuracy {results['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
@@ -128,7 +128,8 @@ def predict(arguments: argparse.Namespace) -> int:
     return 1 if found.skipped else 0
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
+def settings_of(pairs: list[str]) -> dict[str, Any]:
+    """Values from `key=value` words; raises `UserError` for a word without `=`."""
     import yaml
 
     from data.errors import UserError

@@ -18,6 +18,7 @@ from finetune.tasks import Report
 
 CANDIDATES = 3
 """Learning rates that a trained strategy tries, as far as the cost of a cell goes."""
+UP = "the time was up"
 Key = tuple[Arm, int, int]
 
 
@@ -80,6 +81,8 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
         reason, cell = _attempt(arm, labels, seed, plan, runner, costs)
         if cell is None:
             missing.append({"arm": arm.name, "labels": labels, "seed": seed, "reason": reason})
+            if reason == UP:
+                continue
             report(f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: not run, {reason}")
             continue
         file.add(cell)
@@ -88,6 +91,9 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
             f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: "
             f"{100 * cell.accuracy:.1f} % in {_time(cell.seconds)}; {_time(runner.clock.left())} left"
         )
+    late = sum(cell["reason"] == UP for cell in missing)
+    if late:
+        report(f"{UP}: {late} cells were not begun")
     return missing
 
 
@@ -101,7 +107,7 @@ def _attempt(arm: Arm, labels: int, seed: int, plan: Plan, runner: Runner, costs
             return f"it would take about {_time(needed)}, {_time(runner.clock.left())} were left", None
         return "", runner.run(arm, positions, seed)
     except OutOfTime:
-        return "the time was up", None
+        return UP, None
     except UserError as error:
         if "diverged" not in str(error):
             raise
