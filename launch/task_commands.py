@@ -85,7 +85,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         output=arguments.output,
         overwrite=arguments.overwrite,
         report=to_stderr,
-        **_settings(arguments.settings),
+        **settings_of(arguments.settings),
     )
     return tell(results, "\n".join([*_measures(results), *_classes(results["per_class"])]), arguments)
 
