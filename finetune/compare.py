@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.calibration import expected_calibration_error, log_losses
 from finetune.evidence import Score, score
 from finetune.samples import Ints
 
-BINS = 15
-"""Of the calibration error (Guo et al. 2017, section 2)."""
-_TINY = 1e-12
 Correct = NDArray[np.bool_]
 
 
@@ -36,16 +34,13 @@ class Judged:
     @property
     def log_loss(self) -> float:
         """Mean negative log probability of the true class, in nats."""
-        true = self.probabilities[np.arange(len(self.labels)), self.labels]
-        return float(-np.log(np.maximum(true.astype(np.float64), _TINY)).mean())
+        return float(log_losses(self.probabilities, self.labels).mean())
 
     @property
     def calibration_error(self) -> float:
-        """Expected calibration error: mean distance of confidence and accuracy in `BINS` bins of equal width."""
+        """Expected calibration error (Guo et al. 2017)."""
         confidence = self.probabilities.max(axis=1).astype(np.float64)
-        bins = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-        gap = np.bincount(bins, weights=self.score.correct - confidence, minlength=BINS)
-        return float(np.abs(gap).sum() / len(confidence))
+        return expected_calibration_error(confidence, self.score.correct)
 
     def entry(self) -> dict[str, Any]:
         """A line of the results."""

@@ -14,11 +14,12 @@ from test_finetune_kit import NAMES, digits, write_encoder, write_images, write_
 from data.errors import UserError
 from finetune.blend import blend, has_batch_norm, measure_batch_norm
 from finetune.ensemble import ensemble, likeliest_weights, load_any, load_ensemble
+from finetune.evaluation import evaluate
 from finetune.interpolate import interpolate
 from finetune.members import Member
 from finetune.model import TaskModel, load_model
 from finetune.predict import predict
-from finetune.run import evaluate, finetune
+from finetune.run import finetune
 from finetune.settings import Settings
 from finetune.soup import soup
 from finetune.tasks import load_test
@@ -274,6 +275,7 @@ def test_what_does_not_fit_is_refused(
         load_any(tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_batch_norm_is_measured_anew(shards: dict[str, Path], tmp_path: Path) -> None:
     source = write_convnet(tmp_path / "convnet")
     few = write_images(tmp_path / "few", *(each[-100:] for each in digits()), NAMES)
