@@ -30,6 +30,7 @@ def parameter_groups(
         spare = parameter.ndim <= 1 or name in spared or any(part in name for part in NO_DECAY_NAMES)
         decay = 0.0 if spare else weight_decay
         new = {"params": [], "names": [], "lr_scale": layer_decay ** (top - depth), "weight_decay": decay}
+        new["decays"] = not spare
         group = groups.setdefault((depth, decay), new)
         group["params"].append(parameter)
         group["names"].append(name)

@@ -63,6 +63,24 @@ class Settings(BaseModel):
     """full, scratch on images: least and largest share of the picture a random crop covers; none without."""
     flip: float = Field(0.0, ge=0, le=1)
     """full, scratch on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
+    mixup: float = Field(0.0, ge=0, le=1)
+    """full, scratch on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); 0 for none."""
+    cutmix: float = Field(0.0, ge=0, le=1)
+    """full, scratch on images: the same of CutMix (Yun et al. 2019); one of the two a pair where both are on."""
+    drop_path: float | None = Field(None, ge=0, lt=1)
+    """full, scratch: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
+    Where not given, what the encoder was pre-trained with."""
+    balance: bool = False
+    """full, scratch: let every class count alike in the loss, whatever its share of the labels."""
+    ema: float | None = Field(None, ge=0, lt=1)
+    """full, scratch: momentum of an average of the weights, which is then the model; none without."""
+    patience: int | None = Field(None, ge=1)
+    """full, scratch: hold out a quarter of the labels, look at it ten times, keep the best state, and stop after so
+    many looks without a better one. Without it all labels train, to the last step."""
+    microbatch: int | None = Field(None, ge=1)
+    """full, scratch: most samples that a process holds at once; the rest of its share is accumulated."""
+    checkpoint_every: int | None = Field(None, ge=1)
+    """full, scratch with an output: steps between two checkpoints; a tenth of the steps where not given."""
 
     @property
     def augmentation(self) -> Augmentation | None:

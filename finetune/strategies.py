@@ -13,9 +13,10 @@ from data.errors import UserError
 from finetune.encoder import Encoder, fresh
 from finetune.model import TaskModel
 from finetune.probe import fit_linear, fit_neighbours
+from finetune.rates import UNTRAINED, learning_rates
 from finetune.samples import Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
-from finetune.train import LEARNING_RATES, Training
+from finetune.train import Training
 
 FROZEN: tuple[Strategy, ...] = ("knn", "linear")
 """Strategies that read features and leave the encoder as it is."""
@@ -70,7 +71,7 @@ def fit_trained(
     else:
         start = partial(_copy, encoder)
     training = Training(start, samples, len(classes), seed, settings, accelerator)
-    trained, head, chosen = training.fit(LEARNING_RATES[strategy])
+    trained, head, chosen = training.fit(UNTRAINED if strategy == "scratch" else learning_rates(encoder.info))
     return TaskModel(trained, head, classes, {"chosen": chosen})
 
 

@@ -1,35 +1,38 @@
-"""Training encoder and head together: full fine-tuning, and the same from scratch as its control."""
+"""Training encoder and head together, by pretrain's loop: in memory, or as a run with a folder that resumes."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
 
 from data.errors import UserError
-from data.keyed import hash64
+from data.files import write_atomically
 from finetune.encoder import Encoder
-from finetune.features import extract
 from finetune.heads import LinearHead
-from finetune.layers import parameter_groups
-from finetune.samples import Ints, Samples
+from finetune.job import fingerprint, make_job, weights_digest
+from finetune.judge import flat_features, judge
+from finetune.loader import keyed_order
+from finetune.objective import FineTuning, Learner, Views, balanced
+from finetune.samples import Samples
 from finetune.settings import Settings
 from finetune.splits import folds
-from pretrain.optim import set_lr
-from pretrain.schedules import warmup_cosine
+from finetune.stopping import EarlyStopping
+from pretrain.accelerator import on_main
+from pretrain.loop import run, run_in_memory
+from pretrain.rollback import RunFailed
 
-LEARNING_RATES = {"full": (1e-4, 5e-4, 2.5e-3), "scratch": (3e-4, 1e-3, 3e-3)}
-"""Peak rates to choose among: as many for the control. Untrained weights bear, and need, larger ones."""
 TRIED = 2000
 """Labels on which learning rates are compared at most."""
+CHOICE = "choice.json"
+"""In a run's folder: the learning rate that was chosen, so that a run which goes on need not choose again."""
 _STANDARD = 2048
 """Samples over which the head's input is standardised."""
 
@@ -51,115 +54,129 @@ class Training:
     before_step: Callable[[Encoder, float], None] | None = None
     """Called before each step with the encoder in training and the step's progress in (0, 1): to unfreeze gradually,
     for example. Parameters that are to be trained at some time need `requires_grad` at the start."""
+    folder: Path | None = None
+    """Of the last fit, on all labels: it then writes checkpoints, metrics and its status there, and goes on from
+    where it was killed. All other fits, and this one without a folder, leave no trace."""
 
     def fit(self, candidates: tuple[float, ...]) -> tuple[Encoder, LinearHead, dict[str, Any]]:
         """Trained encoder and head, and what was chosen.
 
         Without a set learning rate each of the `candidates` is tried on an inner split of these same
-        labels (highest accuracy, then lowest loss); where no class has two, the middle one is taken.
-        Deterministic for a seed; the process-wide random state stays as it was.
+        labels (highest merit, then lowest loss); where no class has two, the middle one is taken. With
+        `patience` the last fit too holds an inner split out, and keeps the state that was best on it.
+        Deterministic for a seed; the process-wide random state stays as it was. In several processes all
+        call this together.
+
+        Raises:
+            UserError: no rate, or the one that was set, led anywhere; or the folder belongs to another fit.
+            Preempted: the run with a folder was asked to stop, and what it had done is saved.
         """
-        lr, trials = self.settings.lr, {}
-        if lr is None:
-            trials = self._try(candidates)
-            lr = max(trials, key=lambda rate: trials[rate]) if trials else candidates[len(candidates) // 2]
-        encoder, head, loss = self._train(self.samples, lr)
-        if not math.isfinite(loss):
-            raise UserError(f"fine-tuning diverged at a learning rate of {lr:g}; set a lower one (lr=…)")
-        chosen: dict[str, Any] = {"lr": lr, "steps": steps_for(len(self.samples), self.settings)}
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            set_rate = self.settings.lr
+            lr, trials = self._choose(candidates) if set_rate is None else (set_rate, {})
+            inner, valid = self._split(self.samples) if self.settings.patience else (self.samples, None)
+            try:
+                duties = self._train(inner, valid, lr, self.folder)
+            except RunFailed as error:
+                raise UserError(
+                    f"fine-tuning diverged at a learning rate of {lr:g} ({error}); set a lower one (lr=…)"
+                ) from None
+        learned = duties.learned().eval()
+        self.accelerator.free_memory()
+        chosen: dict[str, Any] = {"lr": lr, "steps": duties.job.state.step}
         if trials:
-            chosen["inner_accuracy"] = {f"{rate:g}": accuracy for rate, (accuracy, _) in trials.items()}
-        return encoder, head, chosen
+            chosen[f"inner_{self.samples.target.merit}"] = {f"{rate:g}": merit for rate, (merit, _) in trials.items()}
+        if "best" in duties.job.state.extra:
+            chosen["best"] = duties.job.state.extra["best"]
+        return learned.encoder, learned.head, chosen
+
+    def _choose(self, candidates: tuple[float, ...]) -> tuple[float, dict[float, tuple[float, float]]]:
+        """The best rate and what each was worth; from the folder where that is known."""
+        known = None if self.folder is None else self.folder / CHOICE
+        key = "" if known is None else self._key(candidates)
+        if known is not None:
+            found = on_main(self.accelerator, lambda: _read_choice(known, key))
+            if found is not None:
+                return found["lr"], {float(rate): tuple(worth) for rate, worth in found["trials"]}
+        trials = self._try(candidates)
+        best = max(trials, key=lambda rate: trials[rate]) if trials else candidates[len(candidates) // 2]
+        # What is decided on the main process holds for all.
+        lr = on_main(self.accelerator, lambda: best)
+        if known is not None and self.accelerator.is_main_process:
+            known.parent.mkdir(parents=True, exist_ok=True)
+            choice = {"key": key, "lr": lr, "trials": [[rate, list(worth)] for rate, worth in trials.items()]}
+            write_atomically(known, json.dumps(choice))
+        return lr, trials
+
+    def _key(self, candidates: tuple[float, ...]) -> str:
+        """What a choice of the rate depends on."""
+        settings = self.settings.model_dump(mode="json")
+        facts = [settings, self.seed, list(candidates), weights_digest(self.start()), fingerprint(self.samples)]
+        return json.dumps(facts, sort_keys=True)
 
     def _try(self, candidates: tuple[float, ...]) -> dict[float, tuple[float, float]]:
-        """(accuracy, -loss) of each rate on a quarter of the labels; {} where they are too few to split."""
+        """(merit, -loss) of each rate on a quarter of the labels; {} where they are too few to split."""
         samples = self.samples
         if len(samples) > TRIED:
-            samples = samples.select(np.sort(_order(len(samples), self.seed, 0)[:TRIED]))
-        count = min(4, int(np.bincount(samples.labels).max()))
-        if count < 2:
-            return {}
-        number = folds(samples.labels, count, self.seed)
-        inner, valid = (
-            samples.select(np.flatnonzero(number != 0)),
-            samples.select(np.flatnonzero(number == 0)),
-        )
-        if not len(valid):
-            return {}
-        labels, trials = torch.from_numpy(valid.labels), {}
-        for lr in candidates:
-            encoder, head, loss = self._train(inner, lr)
-            with torch.no_grad():
-                logits = head.cpu()(self._features(encoder, valid))
-            if math.isfinite(loss):
-                accuracy = float((logits.argmax(dim=1) == labels).double().mean())
-                trials[lr] = (accuracy, -float(F.cross_entropy(logits, labels)))
+            samples = samples.select(np.sort(keyed_order(len(samples), self.seed, 0)[:TRIED]))
+        inner, valid = self._split(samples)
+        trials: dict[float, tuple[float, float]] = {}
+        for lr in candidates if valid is not None else ():
+            assert valid is not None
+            try:
+                duties = self._train(inner, valid if self.settings.patience else None, lr, None)
+            except RunFailed:
+                continue
+            learned = duties.learned()
+            judged = judge(learned.encoder, learned.head, valid, self.settings, self.accelerator)
+            if math.isfinite(judged.loss):
+                trials[lr] = (judged.merit, -judged.loss)
         return trials
 
-    def _train(self, samples: Samples, lr: float) -> tuple[Encoder, LinearHead, float]:
-        """One run; also returns its mean loss, which is not finite where it diverged."""
-        settings, accelerator, encoder = self.settings, self.accelerator, self.start()
-        head = self._head(encoder, samples)
-        groups = parameter_groups(encoder, head, settings.weight_decay, settings.layer_decay)
-        optimizer = accelerator.prepare(torch.optim.AdamW(groups, lr=lr))
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        encoder.train()
-        steps, total = steps_for(len(samples), settings), torch.zeros((), device=accelerator.device)
-        # Dropout and stochastic depth draw from the process-wide state, so it is put back afterwards.
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(self.seed)
-            for step in range(steps):
-                # The middle of the step: neither the first nor the last has a rate of zero.
-                progress = (step + 0.5) / steps
-                if self.before_step is not None:
-                    self.before_step(encoder, progress)
-                set_lr(optimizer, warmup_cosine(progress, lr, settings.warmup))
-                loss = self._loss(encoder, head, samples, step)
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(parameters, settings.clip)
-                optimizer.step()
-                optimizer.zero_grad()
-                total += loss.detach()
-        return encoder.eval(), head.eval(), float(total) / steps
+    def _split(self, samples: Samples) -> tuple[Samples, Samples | None]:
+        """Three quarters to train on and a quarter to judge by; all and None where no class has two."""
+        count = min(4, int(np.bincount(samples.labels).max()))
+        if count < 2:
+            return samples, None
+        number = folds(samples.labels, count, self.seed)
+        inside, outside = np.flatnonzero(number != 0), np.flatnonzero(number == 0)
+        return (samples.select(inside), samples.select(outside)) if len(outside) else (samples, None)
 
-    def _loss(self, encoder: Encoder, head: LinearHead, samples: Samples, step: int) -> Tensor:
-        batch, labels = _batch(samples, step, self.seed, self.settings.batch_size)
-        with self.accelerator.autocast():
-            features = encoder(batch.to(self.accelerator.device), self.settings.augmentation)
-        logits = head(features.float())
-        return F.cross_entropy(logits, labels.to(logits.device), label_smoothing=self.settings.label_smoothing)
+    def _train(self, samples: Samples, valid: Samples | None, lr: float, folder: Path | None) -> EarlyStopping:
+        """One fit to its end; `valid` stops it early. Raises `RunFailed` where it diverged."""
+        settings = self.settings
+        encoder = self.start()
+        learner = Learner(encoder, self._head(encoder, samples))
+        weights = balanced(samples, self.classes) if settings.balance else None
+        objective = FineTuning(
+            learner, samples.target, Views.of(settings), weights, self.before_step, keeps_best=valid is not None
+        )
+        try:
+            job = make_job(objective, samples, lr, self.seed, settings, self.accelerator, folder)
+            duties = EarlyStopping(job, objective, valid, settings)
+            if folder is None:
+                run_in_memory(job, duties)
+            else:
+                run(job, duties, folder)
+        finally:
+            if objective.depth is not None:
+                objective.depth.remove()
+        return duties
 
     def _head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         """The given head, or a small random one behind the features as they are now, standardised."""
         if self.head is not None:
-            return self.head(encoder, samples).to(self.accelerator.device).train()
-        head = LinearHead(encoder.features, self.classes, seed=self.seed)
-        first = samples.select(np.sort(_order(len(samples), self.seed, 0)[:_STANDARD]))
-        head.standardize(self._features(encoder, first))
-        return head.to(self.accelerator.device)
-
-    def _features(self, encoder: Encoder, samples: Samples) -> Tensor:
-        return extract(encoder, samples, self.settings, self.accelerator)
+            return self.head(encoder, samples)
+        width = encoder.token_features if samples.target.dense else encoder.features
+        head = LinearHead(width, self.classes, seed=self.seed)
+        first = samples.select(np.sort(keyed_order(len(samples), self.seed, 0)[:_STANDARD]))
+        head.standardize(flat_features(encoder, first, self.settings, self.accelerator)[0])
+        return head
 
 
-def steps_for(samples: int, settings: Settings) -> int:
-    """Optimiser steps for that many labelled samples."""
-    return max(settings.min_steps, math.ceil(settings.epochs * samples / settings.batch_size))
-
-
-def _batch(samples: Samples, step: int, seed: int, size: int) -> tuple[Any, Tensor]:
-    """The `step`-th `size` samples of an endless sequence of epochs, each in its own keyed order."""
-    place = np.arange(step * size, (step + 1) * size)
-    epochs, ranks = place // len(samples), place % len(samples)
-    positions = np.empty_like(place)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        positions[here] = _order(len(samples), seed, int(epoch))[ranks[here]]
-    batch = samples.batch(positions, samples.keys(seed, epochs, positions))
-    return batch, torch.from_numpy(samples.labels[positions])
-
-
-@lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> Ints:
-    """A random order of `count` samples, int64 (count,); shared, not to be written to."""
-    return np.argsort(hash64(seed, epoch, np.arange(count)), kind="stable").astype(np.int64)
+def _read_choice(path: Path, key: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("key") == key else None

@@ -12,11 +12,12 @@ from test_finetune_kit import NAMES, digits, write_encoder, write_images
 from finetune.encoder import Encoder, fresh, load_encoder
 from finetune.features import accelerator_for
 from finetune.heads import LinearHead
+from finetune.job import steps_for
 from finetune.run import finetune
 from finetune.samples import Samples
 from finetune.settings import Settings, settings_from
 from finetune.tasks import load_task
-from finetune.train import Training, steps_for
+from finetune.train import Training
 
 pytest_plugins = ["test_finetune_kit"]
 QUICK = {"cpu": True, "min_steps": 8, "epochs": 1.0, "batch_size": 16}
