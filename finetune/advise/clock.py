@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.job import steps_for
 from finetune.samples import Ints, Samples
 from finetune.settings import Settings
-from finetune.train import TRIED, steps_for
+from finetune.train import TRIED
 
 SAFETY = 1.25
 """An estimate counts as this much more: the machine may be busier than it was."""
