@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
+from finetune.table import SUFFIXES, Row, read_table
+from finetune.values import sorted_names
 
 TEXT_COLUMNS = ("text", "sentence", "content", "document", "review")
-LABEL_COLUMNS = ("label", "class", "category", "target")
-SUFFIXES = (".tsv", ".csv", ".jsonl")
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """`n` texts and the names of their classes."""
+    """`n` texts and what is said of each: a class's name, or what a table has in its label column."""
 
     texts: list[str]
-    labels: list[str]
+    labels: list[Any]
+    lines: list[int]
+    """Where each stands in the source, from 1."""
     source: Path
 
     @property
@@ -32,110 +34,63 @@ class LabelledText:
 
     def classes(self) -> list[str]:
         """The labels that occur, in numeric order where all are whole numbers, else alphabetically."""
-        names = set(self.labels)
-        if all(name.lstrip("-").isdigit() for name in names):
-            return sorted(names, key=lambda name: (int(name), name))
-        return sorted(names)
+        return sorted_names(set(self.labels))
 
 
-def read_labelled_text(source: str | Path) -> LabelledText:
-    """Read labelled texts.
+def read_labelled_text(source: str | Path, one_class: bool = True) -> LabelledText:
+    """Read labelled texts: tables as `read_table` does, or a folder whose subfolders are classes of `.txt` files.
 
-    A TSV or CSV file may start with a header that names a text column (`text`, `sentence`, …) and a
-    label column (`label`, …); without one, each line is a text and its label. In JSONL every line is an
-    object with these fields. In a folder, each subfolder is a class of `.txt` files.
+    Args:
+        one_class: labels name one class each; otherwise they stay as a table has them.
 
     Raises:
-        UserError: nothing there, an unknown format, a line without text or label, no labels at all.
+        UserError: nothing there, an unknown format, a line without text or label, no labels at all, labels
+            so many that they can hardly be classes.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        pairs = list(_folder(path))
+        rows = list(_folder(path))
     elif not path.is_file():
         raise UserError(f"{path} does not exist; give a file of texts and labels, or a folder with one folder a class")
-    elif path.suffix == ".jsonl":
-        pairs = list(_jsonl(path))
-    elif path.suffix in (".tsv", ".csv"):
-        pairs = list(_table(path))
-    else:
+    elif path.suffix not in SUFFIXES:
         raise UserError(f"{path} is of an unknown format; texts and labels come as {', '.join(SUFFIXES)}")
-    if not pairs:
+    else:
+        rows = read_table(path, TEXT_COLUMNS)
+    if not rows:
         raise UserError(f"{path} holds no labelled texts")
-    read = LabelledText([text for text, _ in pairs], [label for _, label in pairs], path)
-    distinct = len(set(read.labels))
-    if len(pairs) >= 20 and distinct > len(pairs) / 2:
-        raise UserError(
-            f"{path} has {distinct} different labels in {len(pairs)} lines; is the label in another column?"
-        )
+    if one_class:
+        rows = [row._replace(label=class_name(path, row)) for row in rows]
+    read = LabelledText([row.input for row in rows], [row.label for row in rows], [row.number for row in rows], path)
+    distinct = len(set(read.labels)) if one_class else 0
+    if len(rows) >= 20 and distinct > len(rows) / 2:
+        raise UserError(f"{path} has {distinct} different labels in {len(rows)} lines; is the label in another column?")
     return read
 
 
-def _folder(path: Path) -> Iterator[tuple[str, str]]:
+def class_name(path: Path, row: Row) -> str:
+    """A row's label as the name of one class; raises `UserError` where there is none."""
+    name = "" if row.label is None else str(row.label).strip()
+    if not name:
+        raise UserError(f"{path}, line {row.number} has no label")
+    if isinstance(row.label, list | dict):
+        raise UserError(
+            f"{path}, line {row.number} has the label {name[:60]}; a class is one name (or use --task multi-label)"
+        )
+    return name
+
+
+def _folder(path: Path) -> Iterator[Row]:
     folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
     if not folders:
         raise UserError(f"{path} has no subfolders; put the .txt files of each class into a folder named after it")
+    number = 0
     for folder in folders:
         files = sorted(folder.rglob("*.txt"))
         if not files:
             raise UserError(f"class folder {folder} holds no .txt files; fill it or remove it")
         for file in files:
-            yield file.read_text(encoding="utf-8", errors="replace").strip(), folder.name
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError:
-            fields = None
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number} is no JSON object")
-        names = list(fields)
-        text, label = _column(names, TEXT_COLUMNS), _column(names, LABEL_COLUMNS)
-        if text is None or label is None:
-            raise UserError(f"{path}, line {number} needs the fields 'text' and 'label', it has {', '.join(names)}")
-        yield _pair(path, number, str(fields[names[text]]), fields[names[label]])
-
-
-def _table(path: Path) -> Iterator[tuple[str, str]]:
-    # Tab-separated text has no quoting: a quotation mark is a character like any other.
-    lines = _lines(path)
-    rows = list(csv.reader(lines)) if path.suffix == ".csv" else [line.split("\t") for line in lines]
-    start, text, label = 0, 0, -1
-    header = rows[0] if rows else []
-    columns = _column(header, TEXT_COLUMNS), _column(header, LABEL_COLUMNS)
-    if columns[0] is not None and columns[1] is not None:
-        start, text, label = 1, columns[0], columns[1]
-    width = len(header)
-    if not start and width != 2:
-        raise UserError(f"{path} has {width} columns and no header that names 'text' and 'label'; add one")
-    for number, row in enumerate(rows[start:], start=start + 1):
-        if not any(row):
-            continue
-        if len(row) != width:
-            raise UserError(f"{path}, line {number} has {len(row)} columns, the first line has {width}")
-        yield _pair(path, number, row[text], row[label])
-
-
-def _pair(path: Path, number: int, text: str, label: object) -> tuple[str, str]:
-    name = "" if label is None else str(label).strip()
-    if not name:
-        raise UserError(f"{path}, line {number} has no label")
-    if not text.strip():
-        raise UserError(f"{path}, line {number} has no text")
-    return text.strip(), name
-
-
-def _column(names: list[str], known: tuple[str, ...]) -> int | None:
-    """Place of the first known name among `names`, whatever its case."""
-    lowered = [name.strip().lower() for name in names]
-    return next((lowered.index(name) for name in known if name in lowered), None)
+            number += 1
+            text = file.read_text(encoding="utf-8", errors="replace").strip()
+            if not text:
+                raise UserError(f"{file} is empty; write its text or remove it")
+            yield Row(number, text, folder.name)

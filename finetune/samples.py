@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.batch import ImageBatch, TextBatch
-from data.dataset import ShardedDataset
+from data.canvas import CanvasDecoder
+from data.images import UnreadableAt
 from data.keyed import sample_keys
-from data.loader import sequential
 from finetune.encoder import Augmentation
+from finetune.pictures import PictureSource, undecodable
 from finetune.targets import Classification, Target
 from finetune.text_encoder import DocumentEncoder
 
@@ -35,6 +36,8 @@ class Samples(ABC):
     """(n,) numbers in the dataset they come from: the roots of their random keys."""
     target: Target
     """What is to be said about them."""
+    values: Tensor | None = None
+    """float32 (n, outputs) where the truth is a vector a sample."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,12 +48,16 @@ class Samples(ABC):
 
     def truth(self, positions: Ints, keys: Tensor | None = None, augment: Augmentation | None = None) -> Tensor:
         """What `target` compares outputs with, for `batch(positions, keys)` under `augment`; see each target."""
+        if self.values is not None:
+            return self.values[torch.from_numpy(positions)]
         return torch.from_numpy(self.labels[positions])
 
     def select(self, positions: Ints) -> Self:
         """The samples at `positions`, sharing memory."""
         chosen = copy.copy(self)
         chosen.labels, chosen.ids = self.labels[positions], self.ids[positions]
+        if self.values is not None:
+            chosen.values = self.values[torch.from_numpy(positions)]
         return chosen
 
     def keys(self, seed: int, epochs: int | Ints, positions: Ints) -> Tensor:
@@ -67,10 +74,10 @@ class Samples(ABC):
 
 
 class ImageSamples(Samples):
-    """Pictures of a sharded dataset, decoded once into memory if they fit."""
+    """Pictures of a sharded dataset or of files, decoded once into memory if they fit."""
 
     def __init__(
-        self, dataset: ShardedDataset, ids: Ints, labels: Ints, canvas: int, target: Target | None = None
+        self, dataset: PictureSource, ids: Ints, labels: Ints, canvas: int, target: Target | None = None
     ) -> None:
         """`canvas` is the side in pixels that larger pictures are shrunk to."""
         self.target = target or numbered(labels)
@@ -90,14 +97,19 @@ class ImageSamples(Samples):
         return len(self) * 3 * self.canvas**2 / 2**30
 
     def decode(self) -> None:
-        """Decode every picture into memory, on a canvas no larger than the largest needs."""
+        """Decode every picture into memory, on a canvas no larger than the largest needs.
+
+        Raises:
+            DamagedData: pictures that cannot be decoded, with their number.
+        """
         images = torch.empty(len(self), 3, self.canvas, self.canvas, dtype=torch.uint8)
         sizes = torch.empty(len(self), 2, dtype=torch.int64)
-        start = 0
-        for part in sequential(self.dataset, _CHUNK, canvas=self.canvas, ids=self.ids):
-            images[start : start + len(part)] = part.images
-            sizes[start : start + len(part)] = part.sizes
-            start += len(part)
+        damaged: list[tuple[int, str]] = []
+        for start in range(0, len(self), _CHUNK):
+            here = slice(start, min(start + _CHUNK, len(self)))
+            images[here], sizes[here] = self._decoded(self.ids[here], damaged)
+        if damaged:
+            raise undecodable(self.dataset, damaged)
         side = int(sizes.max())
         self._images = images if side == self.canvas else images[:, :, :side, :side].clone()
         self._sizes, self._rows = sizes, np.arange(len(self), dtype=np.int64)
@@ -110,13 +122,32 @@ class ImageSamples(Samples):
     def batch(self, positions: Ints, keys: Tensor) -> ImageBatch:
         ids = torch.from_numpy(self.ids[positions])
         if self._images is None:
-            part = next(sequential(self.dataset, len(positions), canvas=self.canvas, ids=self.ids[positions]))
-            images, sizes = part.images, part.sizes
+            damaged: list[tuple[int, str]] = []
+            images, sizes = self._decoded(self.ids[positions], damaged)
+            if damaged:
+                raise undecodable(self.dataset, damaged)
         else:
             rows = torch.from_numpy(self._rows[positions])
             images, sizes = self._images[rows], self._sizes[rows]
         labels = torch.from_numpy(self.labels[positions])
         return ImageBatch(images=images, sizes=sizes, labels=labels, keys=keys, ids=ids)
+
+    def _decoded(self, ids: Ints, damaged: list[tuple[int, str]]) -> tuple[Tensor, Tensor]:
+        """Canvases and sizes; what cannot be decoded is added to `damaged` and left black."""
+        payloads = self.dataset.pictures(ids)[0]
+        decode, keys = CanvasDecoder(self.canvas), torch.empty(0)
+        try:
+            return decode(payloads, keys)
+        except UnreadableAt:
+            pass
+        images = torch.zeros(len(ids), 3, self.canvas, self.canvas, dtype=torch.uint8)
+        sizes = torch.ones(len(ids), 2, dtype=torch.int64)
+        for place, payload in enumerate(payloads):
+            try:
+                images[place : place + 1], sizes[place : place + 1] = decode([payload], keys)
+            except UnreadableAt as error:
+                damaged.append((int(ids[place]), str(error)))
+        return images, sizes
 
 
 class TextSamples(Samples):

@@ -61,6 +61,44 @@ class DocumentEncoder(Encoder):
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.array([self.bos, *e.ids[:room], self.eos], dtype=np.int64) for e in encodings]
 
+    def tokenize_words(self, words: list[str]) -> list[tuple[NDArray[np.int64], list[int]]]:
+        """Rows of token ids of words with spaces between them, cut between words where the context is full.
+
+        Returns:
+            for each row its ids and the place of the first token of each of its words, -1 for a word that
+            has no token.
+        """
+        text = " ".join(words)
+        starts = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1]
+        encoded = self.tokenizer.encode(text, add_special_tokens=False)
+        # A token belongs to the word that holds its last character: byte-level tokens begin with the space before.
+        ends = np.array([end - 1 for _, end in encoded.offsets], dtype=np.int64)
+        owner = np.searchsorted(starts, ends, side="right") - 1
+        inside = ends < starts[owner] + np.array([len(word) for word in words])[owner] if len(ends) else ends
+        return [self._row(encoded.ids, owner, inside, first, last) for first, last in self._pieces(owner, len(words))]
+
+    def _pieces(self, owner: NDArray[np.int64], words: int) -> list[tuple[int, int]]:
+        """Ranges of words whose tokens fit into the context (a single longer word is cut)."""
+        room, first, taken, found = self.context - 2, 0, 0, []
+        for word, tokens in enumerate(np.bincount(owner, minlength=words).tolist()):
+            if taken and taken + tokens > room:
+                found.append((first, word))
+                first, taken = word, 0
+            taken += tokens
+        return [*found, (first, words)]
+
+    def _row(
+        self, ids: list[int], owner: NDArray[np.int64], inside: NDArray[Any], first: int, last: int
+    ) -> tuple[NDArray[np.int64], list[int]]:
+        here = np.flatnonzero((owner >= first) & (owner < last))[: self.context - 2]
+        row = np.array([self.bos, *(ids[i] for i in here), self.eos], dtype=np.int64)
+        places = [-1] * (last - first)
+        for place, token in enumerate(here.tolist(), start=1):
+            word = int(owner[token]) - first
+            if places[word] < 0 and inside[token]:
+                places[word] = place
+        return row, places
+
     def batch(self, rows: list[NDArray[np.int64]], keys: Tensor, ids: Tensor) -> TextBatch:
         """Rows of token ids, padded on the right: documents are 0 on real tokens and 1 on padding."""
         # Few distinct lengths keep allocators and compilers calm.

@@ -116,7 +116,7 @@ def test_image_data_that_cannot_be_learned_from(export: Path, text_export: Path,
         load_task(one, None, encoder)
     with pytest.raises(UserError, match="does not exist"):
         load_task(good, tmp_path / "absent", encoder)
-    with pytest.raises(UserError, match="holds text"):
+    with pytest.raises(UserError, match="line 1: 'x' is no picture file"):
         load_task(write_tsv(tmp_path / "a.tsv", ["x"], ["1"]), None, encoder)
     with pytest.raises(UserError, match="no labels for text"):
         load_task(good, None, load_encoder(text_export))
