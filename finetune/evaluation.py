@@ -24,6 +24,7 @@ from finetune.model import TaskModel, claim, publish
 from finetune.results import FORMAT, write_results
 from finetune.samples import ImageSamples, Samples
 from finetune.settings import Settings, settings_from
+from finetune.study import evaluate_targets
 from finetune.tasks import Report, load_test
 
 
@@ -67,6 +68,14 @@ def evaluate(
     hidden = claim(Path(output), overwrite) if output is not None else None
     try:
         loaded = model if isinstance(model, TaskModel | Ensemble) else load_any(model)
+        if isinstance(loaded, TaskModel) and loaded.target.name != "classification":
+            if calibrate is not None:
+                raise UserError(f"a temperature is fitted for classifications, and {model} is of {loaded.target.name}")
+            results = evaluate_targets(loaded, test, options, report)
+            if hidden is not None:
+                write_results(hidden / "results.json", results)
+                publish(hidden, Path(output))  # type: ignore[arg-type]
+            return results
         data = LabelledData(test, loaded.classes, report)
         members = loaded if isinstance(loaded, Ensemble) else Ensemble([Member("model", loaded)], [1.0], loaded.classes)
         samples, calibration = data.samples(members.members[0].model), None

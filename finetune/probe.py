@@ -68,7 +68,7 @@ def fit_linear(
         inputs = inputs @ basis.T
     if strength is None:
         strength = _choose_strength(inputs, targets, classes, seed)
-    weight, bias = _logistic(inputs, targets, classes, strength)
+    weight, bias = logistic(inputs, targets, classes, strength)
     weight = weight if basis is None else weight @ basis
     head = LinearHead(features.shape[1], classes)
     head.mean.copy_(mean)
@@ -91,7 +91,7 @@ def _choose_strength(inputs: NDArray[np.float64], targets: NDArray[np.int64], cl
         if not valid.any() or len(np.unique(targets[train])) < 2:
             continue
         for i, strength in enumerate(STRENGTHS):
-            weight, bias = _logistic(inputs[train], targets[train], classes, strength)
+            weight, bias = logistic(inputs[train], targets[train], classes, strength)
             logits = inputs[valid] @ weight.T + bias
             hits[i] += (logits.argmax(axis=1) == targets[valid]).sum()
             shifted = logits - logits.max(axis=1, keepdims=True)
@@ -102,7 +102,7 @@ def _choose_strength(inputs: NDArray[np.float64], targets: NDArray[np.int64], cl
     return STRENGTHS[min(range(len(STRENGTHS)), key=lambda i: (-hits[i], losses[i]))]
 
 
-def _logistic(
+def logistic(
     inputs: NDArray[np.float64], targets: NDArray[np.int64], classes: int, strength: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Weights (classes, d) and biases (classes,) fitted by L-BFGS.

@@ -20,6 +20,8 @@ from finetune.samples import Ints
 from finetune.settings import Settings, Strategy, settings_from
 from finetune.splits import subset
 from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
+from finetune.study import study_targets
+from finetune.targets import task_from
 from finetune.tasks import Report, Task, load_task, settle
 
 
@@ -56,8 +58,7 @@ def finetune(
         UserError: anything the caller can put right; nothing is left half-written.
     """
     chosen, options = strategy_from(strategy), settings_from(settings)
-    if task != "classification":
-        raise UserError(f"there is no task {task!r}; the task is 'classification'")
+    kind = task_from(task)
     if not seeds or (labels_per_class is not None and labels_per_class < 1):
         raise UserError("fine-tuning needs one seed or more and one label a class or more")
     hidden = claim(Path(output), overwrite) if output is not None else None
@@ -65,8 +66,9 @@ def finetune(
         encoder = source if isinstance(source, Encoder) else load_encoder(source, options.pooling)
         if hidden is not None and encoder.folder is None:
             raise UserError("a control without weights cannot be saved as a model; leave the output out")
-        data = train if isinstance(train, Task) else load_task(train, test, encoder)
-        results, first = _study(encoder, data, chosen, labels_per_class, list(seeds), options, report)
+        data = train if isinstance(train, Task) else load_task(train, test, encoder, kind)
+        study = _study if data.target.name == "classification" else study_targets
+        results, first = study(encoder, data, chosen, labels_per_class, list(seeds), options, report)
         if hidden is not None:
             first.save(hidden)
             write_results(hidden / "results.json", results)

@@ -9,6 +9,8 @@ from typing import Any
 
 from launch.output import tell, to_stderr
 
+TASKS = ["classification", "multi-label", "regression", "tokens", "segmentation"]
+
 
 def add(sub: argparse._SubParsersAction) -> None:
     """Put these commands into the command line."""
@@ -19,12 +21,12 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 def _finetune(sub: argparse._SubParsersAction) -> None:
     parser = _command(sub, "finetune", finetune, "an exported encoder and labels -> a task model and its results")
-    parser.add_argument("encoder", help="an export's folder")
-    parser.add_argument("train", help="labelled shards, or a table or folder of labelled text")
+    parser.add_argument("encoder", help="folder of an export, a timm or a transformers model; or a name of timm's")
+    parser.add_argument("train", help="labelled shards, class folders, or a table of labelled pictures or text")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategy, e.g. epochs=10")
     parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
     parser.add_argument("--strategy", choices=["knn", "linear", "full", "scratch"], default="linear")
-    parser.add_argument("--task", choices=["classification"], default="classification")
+    parser.add_argument("--task", choices=TASKS, default="classification", help="kind of labels")
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
     parser.add_argument("--output", type=Path, help="folder for results.json and the model")
@@ -68,7 +70,10 @@ def finetune(arguments: argparse.Namespace) -> int:
         **settings_of(arguments.settings),
     )
     low, high = results["interval"]
-    text = f"{arguments.strategy}: accuracy {results['accuracy']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    merit = results.get("merit", "accuracy")
+    text = f"{arguments.strategy}: {merit} {results[merit]:.4f} (95 % interval {low:.4f} to {high:.4f})"
+    if merit != "accuracy":
+        text += "\n" + "\n".join(_scores(results))
     if arguments.output:
         text += f"\nmodel and results.json in {arguments.output}\nnext: headwater predict {arguments.output} FILES"
     return tell(results, text, arguments)
@@ -87,7 +92,18 @@ def evaluate(arguments: argparse.Namespace) -> int:
         report=to_stderr,
         **settings_of(arguments.settings),
     )
+    if "merit" in results:
+        return tell(results, "\n".join(_scores(results)), arguments)
     return tell(results, "\n".join([*_measures(results), *_classes(results["per_class"])]), arguments)
+
+
+def _scores(results: dict[str, Any]) -> list[str]:
+    """Lines of every score of a task that is no classification, beside what a constant would score."""
+    lines = []
+    for name, value in results["scores"].items():
+        constant = f"   always the same: {results['baseline'][name]:.4f}" if "baseline" in results else ""
+        lines.append(f"{name:<16} {value:.4f}{constant}")
+    return lines
 
 
 def _measures(results: dict[str, Any]) -> list[str]:
