@@ -14,6 +14,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     _ensemble(sub)
     _soup(sub)
     _interpolate(sub)
+    _adapt(sub)
 
 
 def add_corrupt(kinds: argparse._SubParsersAction) -> None:
@@ -60,6 +61,28 @@ def _interpolate(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--plot", type=Path, metavar="PNG", help="robustness curve (default: OUTPUT/robustness.png)")
     parser.add_argument("--train", help="training data, needed where the encoder has BatchNorm")
     _output(parser)
+
+
+def _adapt(sub: argparse._SubParsersAction) -> None:
+    parser = _command(sub, "adapt", adapt, "go on pre-training on a domain's unlabelled data, fine-tune, and compare")
+    parser.add_argument("export", type=Path, help="an export of ours")
+    parser.add_argument("unlabelled", help="shards of the domain (text: made with the export's tokenizer)")
+    parser.add_argument("train", help="labelled data of the domain")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="with a dot: of the continued pre-training (train.batch_size=64); without: of fine-tuning (lr=1e-3)",
+    )
+    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
+    parser.add_argument("--source", metavar="SHARDS", help="held-out shards like those before: what is forgotten")
+    parser.add_argument("--strategy", default="full", help="of fine-tuning (default: full)")
+    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of fine-tuning (default: 3)")
+    parser.add_argument("--lr-share", type=float, default=0.5, help="of the first pre-training's peak rate (0.5)")
+    parser.add_argument("--steps", type=int, help="of continued pre-training (default: a quarter of the first one's)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for everything; the same command resumes")
+    _json(parser)
 
 
 def corrupt(arguments: argparse.Namespace) -> int:
@@ -155,6 +178,48 @@ def interpolate(arguments: argparse.Namespace) -> int:
             lines.append(f"  over {lead['over']}: {difference} points, paired")
     lines += [f"robustness curve in {plot}"] if plot is not None else []
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
+
+
+def adapt(arguments: argparse.Namespace) -> int:
+    """`headwater adapt`: exit status 75 when it was told to stop."""
+    from finetune.adapt import Plan, Target, adapt
+    from launch.task_commands import settings_of
+    from pretrain.preemption import Preempted, leave_when_asked
+
+    leave_when_asked()
+    target = Target(arguments.unlabelled, arguments.train, arguments.test, arguments.source)
+    dotted = tuple(pair for pair in arguments.settings if "." in pair.partition("=")[0])
+    plan = Plan(
+        arguments.strategy,
+        arguments.labels_per_class,
+        arguments.seeds,
+        arguments.lr_share,
+        arguments.steps,
+        dotted,
+    )
+    plain = settings_of([pair for pair in arguments.settings if pair not in dotted])
+    try:
+        results = adapt(arguments.export, target, plan, arguments.output, report=to_stderr, **plain)
+    except Preempted as stop:
+        to_stderr(f"headwater: stopped ({stop.reason}); the same command goes on from there")
+        return stop.status
+    return tell(results, _adapted(results, arguments.output), arguments)
+
+
+def _adapted(results: dict[str, Any], output: Path) -> str:
+    from finetune.compare import percent
+
+    lines = []
+    for name, words in (("plain", "as it was"), ("adapted", "adapted")):
+        low, high = (100 * bound for bound in results[name]["interval"])
+        lines.append(f"{words:<10} accuracy {100 * results[name]['accuracy']:.1f} % ({low:.1f} to {high:.1f})")
+    lead = results["lead"]
+    lines.append(f"adaptation gave {100 * lead['difference']:+.1f} points ({percent(lead['interval'])}), paired")
+    before, after = results["pretraining"]["before"], results["pretraining"]["after"]
+    for name, words in (("validation_loss", "held-out loss of the domain"), ("source_loss", "of the source")):
+        if name in before:
+            lines.append(f"{words}: {before[name]:.4f} before, {after[name]:.4f} after")
+    return "\n".join([*lines, f"everything is in {output}", f"next: headwater predict {output}/adapted/seed0 FILES"])
 
 
 def _weights(text: str | None) -> list[float] | None:

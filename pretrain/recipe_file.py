@@ -38,13 +38,22 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path} is no recipe: it must hold keys such as encoder and objective")
-    for override in overrides or []:
+    return override_recipe(tree, overrides or [], str(path))
+
+
+def override_recipe(tree: dict[str, Any], overrides: list[str], origin: str) -> Recipe:
+    """Apply `key.sub=value` overrides to a recipe's tree and check it; `origin` names it in errors.
+
+    Raises:
+        UserError: see `load_recipe`.
+    """
+    for override in overrides:
         _override(tree, override)
         if override.startswith("train.steps="):  # the two exclude each other: the later word counts
             tree["train"]["epochs"] = None
         if override.startswith("train.epochs="):
             tree["train"]["steps"] = None
-    return parse_recipe(tree, str(path))
+    return parse_recipe(tree, origin)
 
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
