@@ -28,7 +28,7 @@ def _silent(_: str) -> None:
 @pytest.fixture(scope="module")
 def source(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a short MAE run."""
-    settings = {"train.steps": 8, "data.validation": 0.2}
+    settings = {"train.steps": 8, "data.validation": 0.05, "watch.knn_samples": 0, "watch.evaluate_samples": 64}
     return train(recipe("mae", digits / "train", settings), tmp_path_factory.mktemp("source") / "run")
 
 
