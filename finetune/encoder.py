@@ -87,6 +87,10 @@ class Encoder(nn.Module, ABC):
         inputs = self.inputs(batch, augment)
         return self.tokens(*inputs) if dense else self.pool(*inputs)
 
+    def foreign_adapter(self, pattern: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """An adapter's target pattern and tensors under the module names of the library that reads the export."""
+        return pattern, tensors
+
     def no_weight_decay(self) -> set[str]:
         """Parameters of two or more dimensions that decay would harm, such as position embeddings."""
         return set()

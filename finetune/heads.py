@@ -1,4 +1,4 @@
-"""From pooled features to class probabilities: a linear layer, or a bank of neighbours."""
+"""From pooled features to class probabilities: a linear layer, an MLP, or a bank of neighbours."""
 
 from __future__ import annotations
 
@@ -45,6 +45,41 @@ class LinearHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, classes) of pooled features (b, d)."""
         logits: Tensor = self.linear(self.norm((features - self.mean) * self.scale))
+        return logits
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """float32 (b, classes), rows sum to 1."""
+        return self(features.float()).softmax(dim=1)
+
+
+class MLPHead(nn.Module):
+    """One hidden layer: `logits = W GELU(V standardised + c) + b`; see `LinearHead` for the constants."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, features: int, hidden: int, classes: int, seed: int = 0) -> None:
+        """He-normal first weights; the last ones normal with a standard deviation of 0.01."""
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.hidden = nn.utils.skip_init(nn.Linear, features, hidden)
+        self.linear = nn.utils.skip_init(nn.Linear, hidden, classes)
+        generator = torch.Generator().manual_seed(seed)
+        self.hidden.weight.data.normal_(std=(2 / features) ** 0.5, generator=generator)
+        self.linear.weight.data.normal_(std=0.01, generator=generator)
+        nn.init.zeros_(self.hidden.bias)
+        nn.init.zeros_(self.linear.bias)
+
+    def standardize(self, features: Tensor) -> None:
+        """Set the constants from features (n, d), as `LinearHead.standardize`."""
+        mean, scale = standardization(features)
+        self.mean.copy_(mean)
+        self.scale.copy_(scale)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (b, classes) of pooled features (b, d)."""
+        logits: Tensor = self.linear(F.gelu(self.hidden((features - self.mean) * self.scale)))
         return logits
 
     def probabilities(self, features: Tensor) -> Tensor:

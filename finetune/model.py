@@ -16,15 +16,16 @@ from torch import Tensor
 
 from data.errors import UserError
 from data.files import sha256, sync
+from finetune.adapters import Adapter
 from finetune.encoder import Encoder, load_encoder
 from finetune.features import accelerator_for, extract
-from finetune.heads import LinearHead, NeighbourHead
+from finetune.heads import LinearHead, MLPHead, NeighbourHead
 from finetune.samples import Samples
 from finetune.settings import Settings
 from finetune.targets import Classification, Target, target_from
 
 FORMAT = 1
-Head = LinearHead | NeighbourHead
+Head = LinearHead | MLPHead | NeighbourHead
 
 
 @dataclass
@@ -40,6 +41,8 @@ class TaskModel:
     """Logits are divided by it before the softmax; fitted on data of its own by `finetune.calibration`."""
     target: Target = None  # type: ignore[assignment]
     """What it says about a sample; a classification over `classes` where not given."""
+    adapter: Adapter | None = None
+    """The low-rank adapters that the encoder's weights have in them already, apart."""
 
     def __post_init__(self) -> None:
         if self.target is None:
@@ -63,9 +66,12 @@ class TaskModel:
         return self.head.cpu()(features.float()) / self.temperature
 
     def save(self, folder: Path) -> None:
-        """Write `task.json`, `head.safetensors` and `encoder/` (an export with these weights)."""
+        """Write `task.json`, `head.safetensors`, `encoder/` (an export with these weights), and, where low-rank
+        adapters were trained, `adapter/` (PEFT's own files, for the encoder as it was before)."""
         folder.mkdir(parents=True, exist_ok=True)
         save_encoder(self.encoder, folder / "encoder")
+        if self.adapter is not None:
+            self.adapter.save(folder / "adapter")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self.head.state_dict().items()}
         save_file(tensors, folder / "head.safetensors")
         pooling = {"pooling": self.encoder.pooling} if self.encoder.kind == "text" else {}
@@ -92,6 +98,7 @@ def load_model(folder: str | Path) -> TaskModel:
         target = target_from(task)
         head = _head(task["head"], tensors, target.outputs)
         head.load_state_dict(tensors)
+        adapter = Adapter.load(path / "adapter") if (path / "adapter").is_dir() else None
     except FileNotFoundError:
         raise UserError(f"{path} is no fine-tuned model: task.json or head.safetensors is missing") from None
     except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -99,7 +106,7 @@ def load_model(folder: str | Path) -> TaskModel:
     known = ("format", "kind", "head", "pooling", "temperature", *target.describe())
     about = {name: value for name, value in task.items() if name not in known}
     temperature = float(task.get("temperature", 1.0))
-    return TaskModel(encoder.eval(), head.eval(), target.classes, about, temperature, target)
+    return TaskModel(encoder.eval(), head.eval(), target.classes, about, temperature, target, adapter)
 
 
 def save_encoder(encoder: Encoder, folder: Path) -> None:
@@ -144,10 +151,14 @@ def publish(hidden: Path, output: Path) -> None:
 def _describe(head: Head) -> dict[str, Any]:
     if isinstance(head, NeighbourHead):
         return {"name": "neighbours", "k": head.k, "temperature": head.temperature}
+    if isinstance(head, MLPHead):
+        return {"name": "mlp", "hidden": head.hidden.out_features}
     return {"name": "linear", "layer_norm": isinstance(head.norm, torch.nn.LayerNorm)}
 
 
 def _head(about: dict[str, Any], tensors: dict[str, Tensor], classes: int) -> Head:
     if about["name"] == "neighbours":
         return NeighbourHead(tensors["bank"], tensors["labels"], classes, about["k"], about["temperature"])
+    if about["name"] == "mlp":
+        return MLPHead(tensors["mean"].shape[0], about["hidden"], classes)
     return LinearHead(tensors["mean"].shape[0], classes, about["layer_norm"])

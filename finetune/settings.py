@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -11,8 +11,9 @@ from data.errors import UserError
 from finetune.encoder import Augmentation, Pooling
 from pretrain.precision import spelled
 
-Strategy = Literal["knn", "linear", "full", "scratch"]
-STRATEGIES: tuple[Strategy, ...] = ("knn", "linear", "full", "scratch")
+Strategy = Literal["knn", "linear", "frozen", "lora", "dora", "lp-ft", "gradual", "full", "scratch"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+"""Cheap to dear; `scratch`, which has most to learn, is the control."""
 
 
 class Settings(BaseModel):
@@ -35,52 +36,67 @@ class Settings(BaseModel):
     temperature: float = Field(0.07, gt=0)
     """knn: smaller gives near neighbours more weight (DINO's protocol)."""
     strength: float | None = Field(None, gt=0)
-    """linear: inverse L2 penalty (scikit-learn's C); chosen on inner splits where not given."""
-
+    """linear, lp-ft: inverse L2 penalty (scikit-learn's C); chosen on inner splits where not given."""
     standardize: bool = True
-    """linear: give every feature variance one; off for features that share a unit, such as raw pixels."""
+    """linear, lp-ft: give every feature variance one; off for features that share a unit, such as raw pixels."""
+
+    hidden: int | None = Field(None, ge=0)
+    """frozen: width of the head's hidden layer, 0 for a linear head; chosen on an inner split where not given."""
+
+    rank: int = Field(8, ge=1)
+    """lora, dora: rows of each adapter's smaller side (Hu et al. 2022)."""
+    alpha: float = Field(16.0, gt=0)
+    """lora, dora: what an adapter adds is multiplied with alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """lora, dora: share of an adapter's inputs that is dropped while it trains."""
+    target_modules: str | None = None
+    """lora, dora: regular expression for the whole names of the modules that get adapters, such as
+    `blocks.*(qkv|proj)`; where not given, all linear layers above the stem, or else its convolutions."""
+
+    unfrozen_by: float = Field(0.5, gt=0, le=1)
+    """gradual: share of the steps after which every layer trains (Howard and Ruder 2018)."""
 
     lr: float | None = Field(None, gt=0)
-    """full, scratch: peak learning rate of the head and, scaled down by depth, of the encoder.
-    Where not given, the best of a few on an inner split of the training labels."""
+    """All that train by steps: peak learning rate of the head and, scaled down by depth, of the encoder.
+    Where not given, the best of a few on an inner split of the training labels (see `finetune.rates`)."""
     layer_decay: float = Field(0.75, gt=0, le=1)
-    """full: each layer learns this much slower than the one above it (BEiT, MAE appendix A.1)."""
+    """full, lp-ft, gradual: each layer learns this much slower than the one above it (BEiT, MAE appendix A.1)."""
     weight_decay: float = Field(0.05, ge=0)
-    """full, scratch: AdamW's, on matrices only."""
+    """All that train by steps: AdamW's, on matrices only."""
     batch_size: int = Field(32, ge=1)
-    """full, scratch: samples a step."""
+    """All that train by steps: samples a step."""
     epochs: float = Field(5.0, gt=0)
-    """full, scratch: passes over the labels, where that is more than `min_steps` steps."""
+    """All that train by steps: passes over the labels, where that is more than `min_steps` steps."""
     min_steps: int = Field(300, ge=1)
-    """full, scratch: few labels need many passes (Mosbach et al. 2021, section 6)."""
+    """All that train by steps: few labels need many passes (Mosbach et al. 2021, section 6)."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """full, scratch: share of the steps over which the learning rate rises."""
+    """All that train by steps: share of the steps over which the learning rate rises."""
     clip: float = Field(1.0, gt=0)
-    """full, scratch: largest norm of the gradient."""
+    """All that train by steps: largest norm of the gradient."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """full, scratch: probability taken from the true class and spread over all."""
+    """All that train by steps: probability taken from the true class and spread over all."""
     crop: tuple[float, float] | None = (0.6, 1.0)
-    """full, scratch on images: least and largest share of the picture a random crop covers; none without."""
+    """All that train the encoder, on images: least and largest share of the picture in a random crop; none without."""
     flip: float = Field(0.0, ge=0, le=1)
-    """full, scratch on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
+    """All that train the encoder, on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
     mixup: float = Field(0.0, ge=0, le=1)
-    """full, scratch on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); 0 for none."""
+    """All that train the encoder, on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); 0 for none."""
     cutmix: float = Field(0.0, ge=0, le=1)
-    """full, scratch on images: the same of CutMix (Yun et al. 2019); one of the two a pair where both are on."""
+    """All that train the encoder, on images: the same of CutMix (Yun et al. 2019); one of the two a pair where both are on."""
     drop_path: float | None = Field(None, ge=0, lt=1)
-    """full, scratch: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
+    """All that train the encoder: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
     Where not given, what the encoder was pre-trained with."""
     balance: bool = False
-    """full, scratch: let every class count alike in the loss, whatever its share of the labels."""
+    """All that train the encoder: let every class count alike in the loss, whatever its share of the labels."""
     ema: float | None = Field(None, ge=0, lt=1)
-    """full, scratch: momentum of an average of the weights, which is then the model; none without."""
+    """All that train the encoder: momentum of an average of the weights, which is then the model; none without."""
     patience: int | None = Field(None, ge=1)
-    """full, scratch: hold out a quarter of the labels, look at it ten times, keep the best state, and stop after so
+    """All that train the encoder: hold out a quarter of the labels, look at it ten times, keep the best state, and stop after so
     many looks without a better one. Without it all labels train, to the last step."""
     microbatch: int | None = Field(None, ge=1)
-    """full, scratch: most samples that a process holds at once; the rest of its share is accumulated."""
+    """All that train the encoder: most samples that a process holds at once; the rest of its share is accumulated."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """full, scratch with an output: steps between two checkpoints; a tenth of the steps where not given."""
+    """All that train the encoder, with an output: steps between two checkpoints; a tenth of the steps where not given."""
 
     @property
     def augmentation(self) -> Augmentation | None:

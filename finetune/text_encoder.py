@@ -19,7 +19,7 @@ from data.batch import TextBatch
 from data.errors import UserError
 from data.tokenizer import load, special_ids
 from finetune.encoder import Augmentation, Encoder, Pooling
-from pretrain.encoders.modernbert import Loaded, from_modernbert, to_modernbert
+from pretrain.encoders.modernbert import Loaded, from_modernbert, split_adapter, to_modernbert
 from pretrain.encoders.text import TextEncoder
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
@@ -135,6 +135,12 @@ class DocumentEncoder(Encoder):
         last = max(int(match[1]) for match in found.values() if match) + 1
         depths = {name: int(match[1]) + 1 if match else last for name, match in found.items()}
         return depths | {name: 0 for name in found if "embed" in name}, last + 1
+
+    def foreign_adapter(self, pattern: str, tensors: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+        """transformers' decoder has three matrices for our `Wqkv`; the encoder's names are ours."""
+        if not self.loaded.causal:
+            return pattern, tensors
+        return pattern.replace("Wqkv", "[qkv]_proj"), split_adapter(tensors)
 
     def untrained(self) -> DocumentEncoder:
         model = TextEncoder(self.model.config)

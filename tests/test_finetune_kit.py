@@ -63,15 +63,15 @@ def write_encoder(folder: Path, seed: int = 0, **model_args: object) -> Path:
     return folder
 
 
-def write_text_encoder(folder: Path, seed: int = 0, vocabulary: int = 300) -> Path:
-    """A small untrained causal text encoder in transformers' layout, with a tokenizer."""
+def write_text_encoder(folder: Path, seed: int = 0, vocabulary: int = 300, causal: bool = True) -> Path:
+    """A small untrained text encoder, causal or not, in transformers' layout, with a tokenizer."""
     config = TextConfig(vocab_size=vocabulary, width=32, depth=2, heads=2, intermediate_size=48, context=32)
     tokenizer = train_tokenizer(["the good and the bad, a fine dull film"] * 20, vocabulary)
     config = config.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = NextToken(TextEncoder(config), NextTokenConfig()).state_dict()
-    described, tensors = to_modernbert(state, config, special_ids(tokenizer), causal=True)
+    described, tensors = to_modernbert(state, config, special_ids(tokenizer), causal)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(described))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

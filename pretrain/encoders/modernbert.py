@@ -90,6 +90,22 @@ def to_modernbert(
     return _foreign_config(config, special, causal), tensors
 
 
+def split_adapter(tensors: Mapping[str, Tensor]) -> State:
+    """Low-rank adapters (PEFT's names) of our `Wqkv` as those of the decoder's `q_proj`, `k_proj` and `v_proj`.
+
+    All three share `A`; the rows of `B`, and DoRA's lengths, belong to one of them each: exactly the same sum.
+    """
+    split: State = {}
+    for name, tensor in tensors.items():
+        parts = [tensor] * 3 if ".lora_A." in name else tensor.chunk(3)
+        if ".Wqkv." in name:
+            new = zip("qkv", parts, strict=True)
+            split |= {name.replace("Wqkv", f"{letter}_proj"): part.clone() for letter, part in new}
+        else:
+            split[name] = tensor
+    return split
+
+
 def _one_base(config: TextConfig) -> bool:
     return config.local_rope_theta in (None, config.rope_theta)
 
