@@ -39,6 +39,17 @@ for guess in pipeline("fill-mask", model=model, tokenizer=tokenizer)("The<|mask|
 
 `AutoModel.from_pretrained(".")` gives the encoder alone, `SentenceTransformer(".")` the mean of its vectors."""
 
+_BARE = """```python
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")   # "." is this folder
+model = AutoModel.from_pretrained(".").eval()
+hidden = model(**tokenizer("The", return_tensors="pt")).last_hidden_state
+print(tuple(hidden.shape))   # (1, tokens, {features})
+```
+
+`SentenceTransformer(".")` gives the mean of its vectors. No head predicts words."""
+
 
 def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
     """Markdown with front matter for a model hub; its code runs inside the export's folder."""
@@ -47,6 +58,8 @@ def model_card(recipe: Recipe, about: dict[str, Any]) -> str:
         ours = isinstance(recipe.encoder, VisionConfig) and recipe.encoder.model in resnet_cifar.__all__
         imports = "import pretrain.encoders.resnet_cifar   # of headwater: tells timm of this model\n" if ours else ""
         code, library, task = _IMAGES.format(**about, imports=imports), "timm", "image-feature-extraction"
+    elif about["objective"] == "replaced_token":
+        code, library, task = _BARE.format(**about), "transformers", "feature-extraction"
     elif about["causal"]:
         code, library, task = _TEXT, "transformers", "text-generation"
     else:

@@ -29,6 +29,7 @@ from pretrain.ema import start_average
 from pretrain.encoders.modernbert import export_files
 from pretrain.encoders.text import TextConfig
 from pretrain.encoders.vision import VisionConfig, eval_view, timm_arguments
+from pretrain.objectives.replaced_token import ReplacedToken
 from pretrain.objectives.text import TextObjective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import Recipe
@@ -210,7 +211,7 @@ def _write_text(
     config: TextConfig, state: TrainingState, encoder: nn.Module, data: Datasets, out: Path
 ) -> dict[str, Any]:
     objective = copy.deepcopy(state.objective).cpu().float().eval()
-    assert isinstance(objective, TextObjective)
+    assert isinstance(objective, TextObjective | ReplacedToken)
     objective.encoder = encoder  # type: ignore[assignment]
     files = export_files(objective.state_dict(), config, data.train.folder / "tokenizer.json", objective.causal)
     for name, payload in files.items():
@@ -219,7 +220,11 @@ def _write_text(
     # A few positions of a few short rows: logits are wide.
     ids = data.train.all_ids()[:_GOLDEN]
     tokens = torch.stack([torch.from_numpy(data.train.row(int(i))) for i in ids])[:, :_GOLDEN_TOKENS]
-    _save_golden(tokens, objective.logits(tokens, last=_GOLDEN), out)
+    if isinstance(objective, TextObjective):
+        outputs = objective.logits(tokens, last=_GOLDEN)
+    else:  # no head that predicts tokens: the encoder alone
+        outputs = encoder(tokens, causal=objective.causal)[:, -_GOLDEN:]
+    _save_golden(tokens, outputs, out)
     return {"features": config.width, "context": config.context, "pooling": "mean", "causal": objective.causal}
 
 
@@ -235,12 +240,15 @@ def _foreign_outputs(folder: Path, kind: str, golden: dict[str, Tensor]) -> Tens
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return model(golden["inputs"])
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    causal = json.loads((folder / "config.json").read_text())["model_type"] == "modernbert-decoder"
-    auto = AutoModelForCausalLM if causal else AutoModelForMaskedLM
+    config = json.loads((folder / "config.json").read_text())
+    if config["architectures"][0].endswith("Model"):
+        bare = AutoModel.from_pretrained(folder, use_safetensors=True).eval()
+        return bare(golden["inputs"]).last_hidden_state[:, -golden["outputs"].shape[1] :].float()
+    auto = AutoModelForCausalLM if config["model_type"] == "modernbert-decoder" else AutoModelForMaskedLM
     model = auto.from_pretrained(folder, use_safetensors=True).eval()
     return model(golden["inputs"]).logits[:, -golden["outputs"].shape[1] :].float()
 

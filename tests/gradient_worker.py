@@ -17,6 +17,7 @@ from pretrain.objectives.hybrid import Hybrid
 from pretrain.objectives.masked_language import MaskedLanguage
 from pretrain.objectives.next_token import NextToken
 from pretrain.objectives.protocol import Objective
+from pretrain.objectives.replaced_token import ReplacedToken
 from pretrain.recipe import Recipe
 from pretrain.recipe_file import load_recipe
 from pretrain.setup import prepare
@@ -79,6 +80,8 @@ def text_targets(objective: torch.nn.Module, batch: TextBatch) -> tuple[torch.Te
     """What a text objective's encoder sees of each row, and which tokens count."""
     if isinstance(objective, Hybrid):
         objective = objective.masked_part
+    if isinstance(objective, ReplacedToken):
+        objective = objective.generator
     if isinstance(objective, MaskedLanguage):
         return objective.masked(batch, PROGRESS)
     assert isinstance(objective, NextToken)

@@ -79,13 +79,20 @@ PICTURES: dict[str, dict[str, Any]] = {
 }
 """Objectives for pictures beside MAE, over the same tiny ViT, which takes views of any size."""
 _ANY_SIZE = MAE["encoder"] | {"model_args": MAE["encoder"]["model_args"] | {"dynamic_img_size": True}}
-TEXTS = ("next_token", "masked_language", "hybrid")
+TEXTS = ("next_token", "masked_language", "hybrid", "replaced_token")
 """Objectives over text, over the same tiny transformer."""
 MASKED_LANGUAGE: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "masked_language", "masked": 0.8}}
 NORMS = {"encoder.model": "resnet18_cifar", "encoder.model_args": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}}
 """Settings for a tiny encoder with BatchNorm, whose running statistics are state too."""
 HYBRID: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "hybrid", "causal": {"fill_in_middle": 0.5}}}
-BASES = {"mae": MAE, "next_token": NEXT_TOKEN, "masked_language": MASKED_LANGUAGE, "hybrid": HYBRID} | {
+REPLACED_TOKEN: dict[str, Any] = NEXT_TOKEN | {"objective": {"name": "replaced_token"}}
+BASES = {
+    "mae": MAE,
+    "next_token": NEXT_TOKEN,
+    "masked_language": MASKED_LANGUAGE,
+    "hybrid": HYBRID,
+    "replaced_token": REPLACED_TOKEN,
+} | {
     name: MAE | {"name": f"tiny_{name}", "objective": objective, "encoder": _ANY_SIZE}
     for name, objective in PICTURES.items()
 }

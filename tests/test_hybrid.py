@@ -1,4 +1,4 @@
-"""Laws of mixing both objectives: one encoder, a turn for each batch, weights target by target, rows that grow."""
+"""Laws of mixing both objectives: one encoder, a turn for each batch, weights target by target."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ import torch
 from test_masked_language import CONFIG, rows
 from torch.testing import assert_close
 
-from data.batch import TextBatch
 from pretrain.encoders.text import TextEncoder
 from pretrain.objectives.hybrid import Hybrid, HybridConfig, is_causal
-from pretrain.objectives.masked_language import MaskedLanguageConfig
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
-from pretrain.objectives.text import TextSettings, shorten
 
 
 def build(**settings: object) -> Hybrid:
@@ -56,40 +53,6 @@ def test_both_parts_share_every_weight() -> None:
     assert len(tensors) == len(set(tensors)), "each weight is saved once"
     again = build(causal_share=0.9)
     again.load_state_dict(objective.state_dict())
-
-
-def test_rows_grow_by_doubling() -> None:
-    settings = TextSettings(context_start=8, context_warmup=0.4)
-    lengths = [settings.length(progress / 100, 60) for progress in range(100)]
-    assert lengths == sorted(lengths)
-    assert set(lengths) == {8, 16, 32, 60}
-    assert lengths[39] < 60 == lengths[40]
-    assert TextSettings().length(0.0, 60) == 60
-
-
-def test_short_rows_hold_every_target_once() -> None:
-    tokens = torch.arange(7, 7 + 41).expand(3, -1) % 60
-    batch = TextBatch(tokens, torch.zeros_like(tokens), torch.tensor([5, 6, 2**62]), torch.arange(3))
-    short = shorten(batch, 10)
-    assert short.tokens.shape == (12, 11)
-    assert torch.equal(short.tokens[:, 1:].reshape(3, 40), tokens[:, 1:])
-    assert len(short.keys.unique()) == 12
-    assert shorten(batch, 40) is batch
-
-
-@pytest.mark.parametrize("config", [NextTokenConfig(context_start=8), MaskedLanguageConfig(context_start=8)])
-def test_growing_rows_keep_sums_over_microbatches(config: NextTokenConfig | MaskedLanguageConfig) -> None:
-    torch.manual_seed(0)
-    hybrid = build(
-        masked=config if config.name == "masked_language" else {}, causal=config if config.name == "next_token" else {}
-    )
-    objective = hybrid.causal_part if config.name == "next_token" else hybrid.masked_part
-    batch = rows(4, 41)
-    whole = objective(batch, 0.1)
-    parts = [objective(batch[s], 0.1) for s in (slice(0, 1), slice(1, 4))]
-    assert_close(whole.loss_sum, parts[0].loss_sum + parts[1].loss_sum)
-    assert whole.target_count == parts[0].target_count + parts[1].target_count
-    assert whole.loss_sum != objective(batch, 0.5).loss_sum
 
 
 def test_documents_are_rearranged_in_training_only() -> None:

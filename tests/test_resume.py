@@ -62,8 +62,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mae, growing batch": ("mae", {"train.batch_warmup": {"start": 4, "samples": 60}, "train.microbatch": 2}),
     "text, growing context": ("next_token", {"train.context_warmup": {"start": 8, "share": 0.6}}),
     "mae, lamb, wsd": ("mae", {"optimizer.name": "lamb", "optimizer.schedule": "wsd"}),
-    "hybrid": ("hybrid", {"objective.masked.context_start": 8, "watch.evaluate_every": 6}),
+    "hybrid": ("hybrid", {"train.context_warmup": {"start": 8, "share": 0.6}, "watch.evaluate_every": 6}),
     "masked": ("masked_language", {"watch.evaluate_every": 5, "objective.unit": "span", "train.microbatch": 4}),
+    "replaced": ("replaced_token", {"watch.evaluate_every": 5, "train.microbatch": 4}),
     "text": ("next_token", {"watch.evaluate_every": 5}),
     "text, accumulated, average": ("next_token", {"train.microbatch": 2, "train.ema": 0.9}),
 }

@@ -46,7 +46,7 @@ def test_sizes_are_as_named(name: str) -> None:
 @pytest.mark.parametrize("name", TEXT)
 def test_two_steps_at_a_reduced_width(name: str, sentences: Path, tmp_path: Path) -> None:
     small = [f"data.train={sentences}", *SMALL]
-    if load_recipe(name).objective.context_start is not None:
-        small.append("objective.context_start=8")
+    if load_recipe(name).train.context_warmup is not None:
+        small.append("train.context_warmup={start: 8, share: 0.5}")
     export = train(load_recipe(name, small), tmp_path / "run")
     assert json.loads((export / "headwater" / "export.json").read_text())["step"] == 2

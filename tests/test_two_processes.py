@@ -27,6 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
     "next_token": {"train.batch_size": 12, "objective.z_loss": 1e-3},
     "hybrid": {"train.batch_size": 12, "objective.combine": "sum"},
     "masked_language": {"train.batch_size": 12, "objective.unit": "word", "objective.replaced": 0.1},
+    "replaced_token": {"train.batch_size": 12, "objective.generator.unit": "span"},
 }
 BATCHES = 2
 

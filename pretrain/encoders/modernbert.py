@@ -40,6 +40,7 @@ _ALWAYS = {
 """What a configuration must say for its layers to be ours."""
 _TYPES = {True: "modernbert-decoder", False: "modernbert"}
 _ARCHITECTURES = {True: "ModernBertDecoderForCausalLM", False: "ModernBertForMaskedLM"}
+_BARE = {True: "ModernBertDecoderModel", False: "ModernBertModel"}
 _HEADS = {True: "lm_head.", False: "head."}
 """What theirs call the prediction head before the tied decoder, by causality."""
 
@@ -62,7 +63,8 @@ def to_modernbert(
     """`config.json` and tensors of a folder of theirs with the logits of an objective of ours.
 
     Args:
-        state: tensors under `encoder.` and `head.`, as in the objective's `state_dict()`; others are left out.
+        state: tensors under `encoder.` and `head.`, as in the objective's `state_dict()`; others are left out. Without
+            any under `head.` the folder holds a bare `ModernBertModel` (or `ModernBertDecoderModel`).
         special: the ids of `pad`, `bos`, `eos` and `mask`.
         causal: for `ModernBertDecoderForCausalLM`, else for `ModernBertForMaskedLM`.
 
@@ -74,10 +76,11 @@ def to_modernbert(
             f"local_rope_theta {config.local_rope_theta} differs from rope_theta {config.rope_theta}: "
             "transformers 4.57 would read such a decoder wrongly; leave local_rope_theta out of the recipe"
         )
+    bare = "head.bias" not in state
     tensors: State = {}
     for name, tensor in state.items():
         tensor = tensor.detach().cpu().contiguous()
-        new = name.replace("encoder.", "model.", 1)
+        new = name.replace("encoder.", "" if bare else "model.", 1)
         if causal and name.endswith("attn.Wqkv.weight"):
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 tensors[new.replace("Wqkv", f"{letter}_proj")] = part.clone()
@@ -87,7 +90,8 @@ def to_modernbert(
             tensors[name.replace("head.", _HEADS[causal], 1)] = tensor
         elif name.startswith("encoder."):
             tensors[new] = tensor
-    return _foreign_config(config, special, causal), tensors
+    described = _foreign_config(config, special, causal)
+    return (described | {"architectures": [_BARE[causal]]} if bare else described), tensors
 
 
 def split_adapter(tensors: Mapping[str, Tensor]) -> State:

@@ -16,7 +16,7 @@ from data.vocabulary import Vocabulary
 from pretrain.encoders.text import TextEncoder
 from pretrain.objectives.masking import TokenTable, Unit, choose, corrupt, gather_chosen, spans, words
 from pretrain.objectives.protocol import Output
-from pretrain.objectives.text import TextObjective, TextSettings, shorten
+from pretrain.objectives.text import TextObjective, TextSettings
 from pretrain.objectives.vocabulary import PredictionHead, token_loss, token_nats
 
 
@@ -53,6 +53,10 @@ class MaskedLanguageConfig(TextSettings):
         """The largest ratio of the whole run."""
         return max(self.mask_ratio, self.final_mask_ratio or 0.0)
 
+    def capacity(self, length: int) -> int:
+        """The most tokens of a row of `length` that are ever chosen."""
+        return min(length, math.floor(length * self.most) + 1)
+
 
 class MaskedLanguage(TextObjective):
     """Tokens hidden from an encoder that sees both sides.
@@ -74,7 +78,6 @@ class MaskedLanguage(TextObjective):
     def forward(self, batch: ImageBatch | TextBatch, progress: float) -> Output:
         """Cross-entropy in nats, summed over the chosen tokens. Metrics: `accuracy`, and `z_loss` where on."""
         assert isinstance(batch, TextBatch)
-        batch = shorten(batch, self.config.length(progress, batch.tokens.shape[1] - 1))
         hidden, targets, counted = self.predicted(batch, progress)
         sums = token_loss(
             hidden,
@@ -107,10 +110,13 @@ class MaskedLanguage(TextObjective):
 
         k depends on the shape of the batch alone; the places that are left over do not count.
         """
-        seen, chosen = self.masked(batch, progress)
-        most = min(seen.shape[1], math.floor(seen.shape[1] * self.config.most) + 1)
+        return self.hidden_targets(*self.masked(batch, progress), batch)
+
+    def hidden_targets(self, seen: Tensor, chosen: Tensor, batch: TextBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from what `masked` gave."""
         hidden = self.encode(seen, batch.documents[:, :-1])
-        rows, targets, counted = gather_chosen(hidden, batch.tokens[:, :-1], chosen, most)
+        capacity = self.config.capacity(seen.shape[1])
+        rows, targets, counted = gather_chosen(hidden, batch.tokens[:, :-1], chosen, capacity)
         return self.head(rows), targets, counted
 
     @torch.no_grad()

@@ -117,13 +117,18 @@ def corrupt(tokens: Tensor, chosen: Tensor, keys: Tensor, table: TokenTable, mas
     return torch.where(chosen & (lot >= masked) & (lot < masked + replaced), drawn, seen)
 
 
-def gather_chosen(hidden: Tensor, targets: Tensor, chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen positions alone, in a shape that does not depend on how many there are.
+def places_of(chosen: Tensor, capacity: int) -> Tensor:
+    """Where the chosen tokens (b, n) are, int64 (b, capacity), in rising order; then some that are not chosen.
 
-    Returns hidden vectors (b * capacity, d), targets (b * capacity,) and whether each counts; `capacity` is
-    the most that a row can have.
+    The shape does not depend on how many are chosen; `capacity` is the most that a row can have.
     """
-    order = chosen.long().argsort(dim=1, descending=True, stable=True)[:, :capacity]
+    return chosen.long().argsort(dim=1, descending=True, stable=True)[:, :capacity]
+
+
+def gather_chosen(hidden: Tensor, targets: Tensor, chosen: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The places that `places_of` names: hidden vectors (b * capacity, d), targets (b * capacity,), and whether each
+    counts."""
+    order = places_of(chosen, capacity)
     index = rearrange(order, "b k -> b k 1").expand(-1, -1, hidden.shape[2])
     rows = rearrange(hidden.gather(1, index), "b k d -> (b k) d")
     return rows, rearrange(targets.gather(1, order), "b k -> (b k)"), rearrange(chosen.gather(1, order), "b k -> (b k)")

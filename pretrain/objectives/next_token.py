@@ -16,7 +16,7 @@ from data.mixture import Samples
 from data.tokenizer import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, load, special_ids
 from pretrain.encoders.text import TextEncoder
 from pretrain.objectives.protocol import Output
-from pretrain.objectives.text import TextObjective, TextSettings, shorten
+from pretrain.objectives.text import TextObjective, TextSettings
 from pretrain.objectives.vocabulary import PredictionHead, token_loss, token_nats
 
 
@@ -82,7 +82,6 @@ class NextToken(TextObjective):
         if self.training and self.middle is not None:
             ids = self.middle.bos, self.middle.eos, self.middle.marks
             batch = fill_in_middle(batch, self.config.fill_in_middle, *ids)
-        batch = shorten(batch, self.config.length(progress, batch.tokens.shape[1] - 1))
         targets, counted = self.targets(batch.tokens, batch.documents)
         sums = token_loss(
             rearrange(self._predicted(batch), "b n d -> (b n) d"),

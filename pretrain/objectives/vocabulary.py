@@ -72,6 +72,20 @@ def token_nats(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, ch
     return torch.cat([F.cross_entropy(F.linear(h, weight, bias).float(), t, reduction="none") for h, t in pieces])
 
 
+@torch.no_grad()
+def sample_tokens(hidden: Tensor, weight: Tensor, bias: Tensor, lots: Tensor, chunk: int) -> Tensor:
+    """One id a row, int64 (r,), drawn with the softmax's probabilities by numbers `lots` (r,) in [0, 1).
+
+    Other shapes as in `token_loss`.
+    """
+    found = []
+    for h, lot in zip(hidden.split(chunk), lots.split(chunk), strict=True):
+        reached = F.linear(h, weight, bias).float().softmax(dim=-1).cumsum(dim=-1)
+        place = torch.searchsorted(reached, lot[:, None] * reached[:, -1:], right=True)[:, 0]
+        found.append(place.clamp(max=len(bias) - 1))
+    return torch.cat(found)
+
+
 class _TokenLoss(torch.autograd.Function):
     """Forward computes loss and, where asked, the gradients; backward only scales them."""
 
