@@ -7,7 +7,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import advise_commands, cluster_commands, combine_commands, commands, shard_commands, task_commands
+from launch import (
+    advise_commands,
+    cluster_commands,
+    combine_commands,
+    commands,
+    plan_commands,
+    shard_commands,
+    task_commands,
+)
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -58,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     _status(sub)
     _report(sub)
     advise_commands.add(sub)
+    plan_commands.add(sub)
     cluster_commands.add(sub)
     return parser
 

@@ -20,6 +20,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from pretrain.kernels import kernels
+
 _SPLIT_GAIN = 0.6
 """`Split` is chosen where it computes at most this share of the scores that `Dense` does …"""
 _SPLIT_LENGTH = 48
@@ -50,9 +52,11 @@ class Sight(Protocol):
 
 def sight(rows: Rows) -> Sight:
     """The fastest sight for `rows`."""
-    if rows.device.type == "cuda" and rows.dtype in (torch.float16, torch.bfloat16):
-        return varlen(rows)
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    kind = kernels(rows.device)
+    if kind == "cuda" and rows.dtype in (torch.float16, torch.bfloat16):
+        # On another device such a step is only counted: as much memory, and the scores of whole rows.
+        return varlen(rows) if rows.device.type == "cuda" else Dense(None, rows.causal)
+    if kind == "cpu" and not torch.compiler.is_compiling():
         if rows.reach is not None and 4 * rows.reach < rows.length:
             return banded(rows)
         if rows.reach is None and rows.documents is not None:
@@ -90,7 +94,7 @@ class Dense:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (rearrange(x, "b n h d -> b h n d") for x in (q, k, v))
-        if q.device.type == "cpu" and q.dtype != torch.float32:
+        if kernels(q.device) == "cpu" and q.dtype != torch.float32:
             out = plain(q, k, v, self.bias(q))
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=self.causal)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from data.batch import ImageBatch
 from data.keyed import uniform
+from pretrain.kernels import kernels
 from pretrain.views.blur import blur_radius, gaussian_blur, gaussian_weights
 from pretrain.views.color import (
     adjust_brightness,
@@ -98,7 +99,7 @@ def render(images: Tensor, views: list[tuple[ViewConfig, Drawn]], side: int, pre
     On a CPU with a C compiler the work is done picture by picture in compiled code (`cpu.py`), elsewhere on the
     whole batch in torch; both follow the same formulas, and agree to 1e-5 behind the same crop.
     """
-    if images.device.type == "cpu" and compiled():
+    if kernels(images.device) == "cpu" and compiled():
         return _render_each(images, views, side, presentation)
     return torch.stack([_render(images, drawn, kind, side, presentation) for kind, drawn in views])
 

@@ -1,0 +1,40 @@
+"""`headwater plan`: arguments first, heavy imports when it runs."""
+
+from __future__ import annotations
+
+import argparse
+
+from launch.output import tell
+
+
+def add(sub: argparse._SubParsersAction) -> None:
+    """Put the command into the command line."""
+    text = "what a recipe needs on a cluster, and what it will run into first; needs neither GPU nor data"
+    parser = sub.add_parser("plan", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=run_plan)
+    parser.add_argument("recipe", help="recipe file, or the name of one of ours")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the recipe")
+    parser.add_argument("--gpu", default="h200", help="a100, h100, h200 or b200; cpu for this machine (default: h200)")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="GPUs over all nodes; processes with --gpu cpu (default: 1)"
+    )
+    parser.add_argument("--nodes", type=int, help="nodes (default: one for every eight GPUs)")
+    parser.add_argument("--link", default="ndr", help="between nodes: ndr, hdr, ethernet100, ethernet25 (default: ndr)")
+    parser.add_argument("--cores", type=int, help="CPU cores of a node (default: 14 for each GPU)")
+    parser.add_argument("--samples", type=int, help="training samples (default: those of the data)")
+    parser.add_argument("--days", type=float, help="time there is; says how many GPUs that takes")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run_plan(arguments: argparse.Namespace) -> int:
+    """`headwater plan`: exit status 1 where it does not fit into memory or into the days."""
+    from launch.plan import Cluster, plan
+    from launch.plan_text import describe
+    from pretrain.recipe_file import load_recipe
+
+    nodes = arguments.nodes or (1 if arguments.gpu == "cpu" else -(-arguments.gpus // 8))
+    cluster = Cluster(arguments.gpu, arguments.gpus, nodes, arguments.link, arguments.cores)
+    found = plan(load_recipe(arguments.recipe, arguments.settings), cluster, arguments.samples)
+    tell(found.as_json(), describe(found, arguments.days), arguments)
+    fits = sum(found.memory.values()) <= found.capacity
+    return 0 if fits and (arguments.days is None or found.days <= arguments.days) else 1
