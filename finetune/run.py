@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
 from finetune.study import study_targets
 from finetune.targets import task_from
 from finetune.tasks import Report, Task, load_task, settle
+from finetune.train import CHOICE, Trace
+from pretrain.accelerator import on_main
 
 
 def finetune(
@@ -36,6 +39,7 @@ def finetune(
     seeds: Sequence[int] = (0,),
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: str = "auto",
     report: Report = print,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -49,6 +53,9 @@ def finetune(
         labels_per_class: the label budget; a seed draws the same labels whatever the strategy, and the
             labels of a smaller budget are among those of a larger one. All labels without it.
         output: a folder for `results.json` and the model of the first seed; nothing is saved without it.
+            A strategy that trains then leaves checkpoints and metrics of that model in `OUTPUT.run` until it has
+            ended, and the same call goes on from there. Several processes call this together (`accelerate launch`).
+        resume: `auto`, or `never` to begin anew where `OUTPUT.run` holds an earlier try.
         settings: see `finetune.settings.Settings`.
 
     Returns:
@@ -56,27 +63,46 @@ def finetune(
 
     Raises:
         UserError: anything the caller can put right; nothing is left half-written.
+        Preempted: asked to stop while the model to be saved was trained; what it had done is in `OUTPUT.run`.
     """
     chosen, options = strategy_from(strategy), settings_from(settings)
     kind = task_from(task)
     if not seeds or (labels_per_class is not None and labels_per_class < 1):
         raise UserError("fine-tuning needs one seed or more and one label a class or more")
-    hidden = claim(Path(output), overwrite) if output is not None else None
+    accelerator = accelerator_for(options)
+    report = report if accelerator.is_main_process else _silent
+    place = None if output is None else Path(output).expanduser()
+    hidden = None if place is None else on_main(accelerator, lambda: claim(place, overwrite))
+    trace = None if place is None or chosen in FROZEN else Trace(place.with_name(f"{place.name}.run"), resume)
     try:
         encoder = source if isinstance(source, Encoder) else load_encoder(source, options.pooling)
         if hidden is not None and encoder.folder is None:
             raise UserError("a control without weights cannot be saved as a model; leave the output out")
         data = train if isinstance(train, Task) else load_task(train, test, encoder, kind)
         study = _study if data.target.name == "classification" else study_targets
-        results, first = study(encoder, data, chosen, labels_per_class, list(seeds), options, report)
-        if hidden is not None:
-            first.save(hidden)
-            write_results(hidden / "results.json", results)
-            publish(hidden, Path(output))  # type: ignore[arg-type]
+        results, first = study(encoder, data, chosen, labels_per_class, list(seeds), options, report, trace)
+        if hidden is not None and place is not None:
+            on_main(accelerator, lambda: _publish(first, results, hidden, place, trace))
     finally:
-        if hidden is not None:
-            _remove(hidden)
+        if hidden is not None and accelerator.is_main_process:
+            shutil.rmtree(hidden, ignore_errors=True)
     return results
+
+
+def _publish(model: TaskModel, results: dict[str, Any], hidden: Path, place: Path, trace: Trace | None) -> None:
+    """Everything under its name at once; of a run with a folder its records move in, its checkpoints go."""
+    model.save(hidden)
+    write_results(hidden / "results.json", results)
+    if trace is not None:
+        leave = shutil.ignore_patterns("checkpoints", ".*", CHOICE)
+        shutil.copytree(trace.folder, hidden / "run", ignore=leave)
+    publish(hidden, place)
+    if trace is not None:
+        shutil.rmtree(trace.folder)
+
+
+def _silent(_: str) -> None:
+    pass
 
 
 def _study(
@@ -87,6 +113,7 @@ def _study(
     seeds: list[int],
     settings: Settings,
     report: Report,
+    trace: Trace | None,
 ) -> tuple[dict[str, Any], TaskModel]:
     """Every seed's model fitted and judged; the results and the first seed's model."""
     subsets = [subset(task.train.labels, budget, seed) for seed in seeds]
@@ -100,7 +127,7 @@ def _study(
     first: TaskModel | None = None
     for seed, positions in zip(seeds, subsets, strict=True):
         started = time.perf_counter()
-        model, probabilities = fit(seed, positions)
+        model, probabilities = fit(seed, positions, trace if first is None else None)
         seconds = time.perf_counter() - started
         scores.append(score(probabilities, task.test.labels))
         entries.append(seed_entry(seed, len(positions), scores[-1], seconds, model.about["chosen"]))
@@ -118,7 +145,7 @@ def _study(
     return results, first
 
 
-_Fit = Callable[[int, Ints], tuple[TaskModel, np.ndarray]]
+_Fit = Callable[[int, Ints, Trace | None], tuple[TaskModel, np.ndarray]]
 
 
 def _fitter(
@@ -135,13 +162,13 @@ def _fitter(
         features = extract(encoder, pool, settings, accelerator)
         judged = extract(encoder, task.test, settings, accelerator)
 
-    def fit(seed: int, positions: Ints) -> tuple[TaskModel, np.ndarray]:
+    def fit(seed: int, positions: Ints, trace: Trace | None) -> tuple[TaskModel, np.ndarray]:
         rows = np.searchsorted(needed, positions)
         if strategy in FROZEN:
             known = torch.from_numpy(rows)
             model = fit_frozen(strategy, encoder, features[known], labels[known], task.classes, seed, settings)
             return model, model.from_features(judged).numpy()
-        model = fit_trained(strategy, encoder, pool.select(rows), task.classes, seed, settings, accelerator)
+        model = fit_trained(strategy, encoder, pool.select(rows), task.classes, seed, settings, accelerator, trace)
         return model, model.probabilities(task.test, settings).numpy()
 
     return fit
@@ -150,9 +177,3 @@ def _fitter(
 def _line(name: str, judged: Score, rest: str) -> str:
     low, high = (100 * bound for bound in judged.interval)
     return f"{name}: accuracy {100 * judged.accuracy:.1f} % ({low:.1f} to {high:.1f}), {rest}"
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from finetune.rates import ADAPTERS, FIXED_ADAPTERS, UNTRAINED, learning_rates
 from finetune.samples import Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
 from finetune.targets import Classification
-from finetune.train import Training
+from finetune.train import Trace, Training
 from finetune.trained_head import fit_head
 from finetune.unfreezing import unfreezing
 
@@ -119,10 +119,11 @@ def fit_trained(
     seed: int,
     settings: Settings,
     accelerator: Accelerator,
+    trace: Trace | None = None,
 ) -> TaskModel:
     """Encoder and head trained together, as `WAYS` says; adapters end up in the encoder's weights and apart.
 
-    The given encoder stays as it is.
+    The given encoder stays as it is. With a `trace` the last fit is a run that can be resumed.
     """
     if not any(True for _ in encoder.parameters()):
         raise UserError(f"an encoder without weights has nothing to train; strategy {strategy!r} needs some")
@@ -133,7 +134,7 @@ def fit_trained(
     head = partial(_probe, len(classes), seed, settings, accelerator) if way.probed else None
     before_step = unfreezing(settings.unfrozen_by) if way.gradual else None
     flat = settings if way.layered else settings.model_copy(update={"layer_decay": 1.0})
-    training = Training(start, samples, len(classes), seed, flat, accelerator, head, before_step)
+    training = Training(start, samples, len(classes), seed, flat, accelerator, head, before_step, trace)
     trained, trained_head, chosen = training.fit(way.rates(encoder.info))
     model = TaskModel(trained, trained_head, classes, {"chosen": chosen})
     if way.adapts:

@@ -21,6 +21,7 @@ from finetune.splits import subset
 from finetune.strategies import fit_trained
 from finetune.targets import Target
 from finetune.tasks import Report, Task, load_test, settle
+from finetune.train import Trace
 
 SCORES = {"micro_f1": "micro-F1", "r2": "R²", "f1": "F1", "token_accuracy": "token accuracy", "miou": "mIoU"}
 """How the merits are called where people read them."""
@@ -34,6 +35,7 @@ def study_targets(
     seeds: list[int],
     settings: Settings,
     report: Report,
+    trace: Trace | None = None,
 ) -> tuple[dict[str, Any], TaskModel]:
     """The results, and the first seed's model; `budget` is of samples (rows, for tokens).
 
@@ -54,7 +56,7 @@ def study_targets(
     for seed in seeds:
         samples = task.train.select(subset(task.train.labels, budget, seed))
         started = time.perf_counter()
-        model = fit(strategy, encoder, samples, seed, settings)
+        model = fit(strategy, encoder, samples, seed, settings, trace if first is None else None)
         seconds = time.perf_counter() - started
         judged.append(judge(model.encoder, model.head, task.test, settings, accelerator_for(settings)))
         entry = {"seed": seed, "labels": len(samples), **judged[-1].score(), "seconds": round(seconds, 3)}
@@ -95,7 +97,9 @@ def evaluate_targets(model: TaskModel, test: str | Path, settings: Settings, rep
     }
 
 
-def fit(strategy: Strategy, encoder: Encoder, samples: Samples, seed: int, settings: Settings) -> TaskModel:
+def fit(
+    strategy: Strategy, encoder: Encoder, samples: Samples, seed: int, settings: Settings, trace: Trace | None = None
+) -> TaskModel:
     """One model of the samples' own target; `about["chosen"]` says what was chosen."""
     accelerator = accelerator_for(settings)
     target = samples.target
@@ -103,7 +107,7 @@ def fit(strategy: Strategy, encoder: Encoder, samples: Samples, seed: int, setti
         features, truth, owners = flat_features(encoder, samples, settings, accelerator)
         head, chosen = fit_linear_target(target, features, truth, owners, seed, settings.strength, settings.standardize)
         return TaskModel(encoder, head, target.classes, {"chosen": chosen}, target=target)
-    model = fit_trained(strategy, encoder, samples, target.classes, seed, settings, accelerator)
+    model = fit_trained(strategy, encoder, samples, target.classes, seed, settings, accelerator, trace)
     model.target = target
     return model
 

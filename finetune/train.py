@@ -38,6 +38,15 @@ _STANDARD = 2048
 
 
 @dataclass(frozen=True)
+class Trace:
+    """A fit that writes checkpoints, metrics and its status, and goes on from where it was killed."""
+
+    folder: Path
+    resume: str = "auto"
+    """Where it goes on: `auto` or `never`, as `pretrain.loop.run` knows them."""
+
+
+@dataclass(frozen=True)
 class Training:
     """One strategy on one set of labels: everything that stays the same while learning rates are tried."""
 
@@ -54,9 +63,8 @@ class Training:
     before_step: Callable[[Encoder, float], None] | None = None
     """Called before each step with the encoder in training and the step's progress in (0, 1): to unfreeze gradually,
     for example. Parameters that are to be trained at some time need `requires_grad` at the start."""
-    folder: Path | None = None
-    """Of the last fit, on all labels: it then writes checkpoints, metrics and its status there, and goes on from
-    where it was killed. All other fits, and this one without a folder, leave no trace."""
+    trace: Trace | None = None
+    """Of the last fit, on all labels. All other fits, and this one without it, leave no trace."""
 
     def fit(self, candidates: tuple[float, ...]) -> tuple[Encoder, LinearHead, dict[str, Any]]:
         """Trained encoder and head, and what was chosen.
@@ -76,7 +84,7 @@ class Training:
             lr, trials = self._choose(candidates) if set_rate is None else (set_rate, {})
             inner, valid = self._split(self.samples) if self.settings.patience else (self.samples, None)
             try:
-                duties = self._train(inner, valid, lr, self.folder)
+                duties = self._train(inner, valid, lr, self.trace)
             except RunFailed as error:
                 raise UserError(
                     f"fine-tuning diverged at a learning rate of {lr:g} ({error}); set a lower one (lr=…)"
@@ -92,7 +100,7 @@ class Training:
 
     def _choose(self, candidates: tuple[float, ...]) -> tuple[float, dict[float, tuple[float, float]]]:
         """The best rate and what each was worth; from the folder where that is known."""
-        known = None if self.folder is None else self.folder / CHOICE
+        known = None if self.trace is None else self.trace.folder / CHOICE
         key = "" if known is None else self._key(candidates)
         if known is not None:
             found = on_main(self.accelerator, lambda: _read_choice(known, key))
@@ -142,7 +150,7 @@ class Training:
         inside, outside = np.flatnonzero(number != 0), np.flatnonzero(number == 0)
         return (samples.select(inside), samples.select(outside)) if len(outside) else (samples, None)
 
-    def _train(self, samples: Samples, valid: Samples | None, lr: float, folder: Path | None) -> EarlyStopping:
+    def _train(self, samples: Samples, valid: Samples | None, lr: float, trace: Trace | None) -> EarlyStopping:
         """One fit to its end; `valid` stops it early. Raises `RunFailed` where it diverged."""
         settings = self.settings
         encoder = self.start()
@@ -152,12 +160,14 @@ class Training:
             learner, samples.target, Views.of(settings), weights, self.before_step, keeps_best=valid is not None
         )
         try:
-            job = make_job(objective, samples, lr, self.seed, settings, self.accelerator, folder)
+            job = make_job(
+                objective, samples, lr, self.seed, settings, self.accelerator, trace.folder if trace else None
+            )
             duties = EarlyStopping(job, objective, valid, settings)
-            if folder is None:
+            if trace is None:
                 run_in_memory(job, duties)
             else:
-                run(job, duties, folder)
+                run(job, duties, trace.folder, trace.resume)
         finally:
             if objective.depth is not None:
                 objective.depth.remove()

@@ -31,17 +31,25 @@ def processes_for(asked: int | None) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, nodes: Nodes | None = None) -> int:
-    """Run `pretrain ARGUMENTS` in `count` processes; returns the exit status when all have ended.
+def launch(
+    count: int,
+    arguments: list[str],
+    run: Path | None,
+    max_restarts: int = 0,
+    nodes: Nodes | None = None,
+    module: str = "pretrain",
+) -> int:
+    """Run `MODULE ARGUMENTS` in `count` processes; returns the exit status when all have ended.
 
     The same as `accelerate launch`, but that a process which stops with an error stops the others without
     the launcher's own report: it has said what was wrong, and its exit status is passed on. A run that was
     told to stop and saved ends with status 75 (see `pretrain.preemption`), as it does in one process.
 
     Args:
-        run: the run's folder, whose status.json is read at the end.
+        run: the run's folder, whose status.json is read at the end; None where there is none.
         max_restarts: how often all processes are started again after one of them crashed or hung.
         nodes: the machines, each of which runs this with its own `count` processes; this one alone without.
+        module: `pretrain` or `finetune`.
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed import DistError
@@ -49,7 +57,7 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, n
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    words, environment = launch_words(count, arguments, max_restarts, nodes)
+    words, environment = launch_words(count, arguments, max_restarts, nodes, module)
     if nodes:
         nodes.wait()
         nodes.watch()
@@ -65,7 +73,7 @@ def launch(count: int, arguments: list[str], run: Path, max_restarts: int = 0, n
         where = f" at {nodes.main}:{nodes.port}" if nodes else ""
         print(f"headwater: the processes lost each other{where} ({str(error).splitlines()[0]})", file=sys.stderr)
         return PEER_LOST
-    return _stopped(run)
+    return 0 if run is None else _stopped(run)
 
 
 def _stopped(run: Path) -> int:
@@ -93,7 +101,7 @@ def _failed(error: Any) -> int:
 
 
 def launch_words(
-    count: int, arguments: list[str], max_restarts: int = 0, nodes: Nodes | None = None
+    count: int, arguments: list[str], max_restarts: int = 0, nodes: Nodes | None = None, module: str = "pretrain"
 ) -> tuple[list[str], dict[str, str]]:
     """The words after `accelerate launch`, and what they need in the environment.
 
@@ -109,7 +117,7 @@ def launch_words(
     config = "nodes.yaml" if nodes else "ddp.yaml" if gpu else "cpu.yaml"
     words = ["--config_file", str(CONFIGS / config)]
     words += nodes.words(count) if nodes else ["--num_processes", str(count), "--main_process_port", "0"]
-    words += ["--max_restarts", str(max_restarts), "-m", "pretrain"]
+    words += ["--max_restarts", str(max_restarts), "-m", module]
     home = str(Path(__file__).resolve().parent.parent)
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))}
     threads = str(max(1, (os.cpu_count() or 1) // count))

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetune.__main__ import add_arguments, scores
+from finetune.__main__ import settings_of as settings_of
 from launch.output import tell, to_stderr
-
-TASKS = ["classification", "multi-label", "regression", "tokens", "segmentation"]
 
 
 def add(sub: argparse._SubParsersAction) -> None:
@@ -21,17 +21,8 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 def _finetune(sub: argparse._SubParsersAction) -> None:
     parser = _command(sub, "finetune", finetune, "an exported encoder and labels -> a task model and its results")
-    parser.add_argument("encoder", help="folder of an export, a timm or a transformers model; or a name of timm's")
-    parser.add_argument("train", help="labelled shards, class folders, or a table of labelled pictures or text")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategy, e.g. epochs=10")
-    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
-    parser.add_argument("--strategy", choices=["knn", "linear", "full", "scratch"], default="linear")
-    parser.add_argument("--task", choices=TASKS, default="classification", help="kind of labels")
-    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
-    parser.add_argument("--output", type=Path, help="folder for results.json and the model")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    _json(parser)
+    add_arguments(parser)
+    parser.add_argument("--processes", type=int, metavar="N", help="processes (default: one for each GPU)")
 
 
 def _evaluate(sub: argparse._SubParsersAction) -> None:
@@ -53,30 +44,26 @@ def _predict(sub: argparse._SubParsersAction) -> None:
 
 
 def finetune(arguments: argparse.Namespace) -> int:
-    """`headwater finetune`."""
-    from finetune.run import finetune
+    """`headwater finetune`: in this process, or through `accelerate launch` for several."""
+    import os
 
-    results = finetune(
-        arguments.encoder,
-        arguments.train,
-        arguments.test,
-        task=arguments.task,
-        strategy=arguments.strategy,
-        labels_per_class=arguments.labels_per_class,
-        seeds=range(arguments.seeds),
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-        report=to_stderr,
-        **settings_of(arguments.settings),
-    )
-    low, high = results["interval"]
-    merit = results.get("merit", "accuracy")
-    text = f"{arguments.strategy}: {merit} {results[merit]:.4f} (95 % interval {low:.4f} to {high:.4f})"
-    if merit != "accuracy":
-        text += "\n" + "\n".join(_scores(results))
-    if arguments.output:
-        text += f"\nmodel and results.json in {arguments.output}\nnext: headwater predict {arguments.output} FILES"
-    return tell(results, text, arguments)
+    # Before torch is loaded: it tells at length of a store that has left before us.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from launch.processes import launch, processes_for
+
+    count = processes_for(arguments.processes)
+    if count == 1:
+        from finetune.__main__ import run
+
+        return run(arguments)
+    output = arguments.output
+    words = [arguments.encoder, arguments.train, *arguments.settings, "--strategy", arguments.strategy]
+    words += ["--task", arguments.task, "--seeds", str(arguments.seeds), "--resume", arguments.resume]
+    for name, value in (("test", arguments.test), ("labels-per-class", arguments.labels_per_class), ("output", output)):
+        words += [] if value is None else [f"--{name}", str(value)]
+    words += [f"--{name}" for name in ("overwrite", "json") if getattr(arguments, name)]
+    run_folder = output.with_name(f"{output.name}.run") if output else None
+    return launch(count, words, run_folder, module="finetune")
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -93,17 +80,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
         **settings_of(arguments.settings),
     )
     if "merit" in results:
-        return tell(results, "\n".join(_scores(results)), arguments)
+        return tell(results, "\n".join(scores(results)), arguments)
     return tell(results, "\n".join([*_measures(results), *_classes(results["per_class"])]), arguments)
-
-
-def _scores(results: dict[str, Any]) -> list[str]:
-    """Lines of every score of a task that is no classification, beside what a constant would score."""
-    lines = []
-    for name, value in results["scores"].items():
-        constant = f"   always the same: {results['baseline'][name]:.4f}" if "baseline" in results else ""
-        lines.append(f"{name:<16} {value:.4f}{constant}")
-    return lines
 
 
 def _measures(results: dict[str, Any]) -> list[str]:
@@ -142,21 +120,6 @@ def predict(arguments: argparse.Namespace) -> int:
         for name, reason in found.skipped:
             print(f"  {name}: {reason}", file=sys.stderr)
     return 1 if found.skipped else 0
-
-
-def settings_of(pairs: list[str]) -> dict[str, Any]:
-    """Values from `key=value` words; raises `UserError` for a word without `=`."""
-    import yaml
-
-    from data.errors import UserError
-
-    settings = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"{pair!r} is no setting; write key=value, such as epochs=10")
-        settings[key] = yaml.safe_load(value)
-    return settings
 
 
 def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:

@@ -8,11 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from data.errors import UserError
-from pretrain.exits import PEER_LOST
-
-_PEER_LOST = ("closed by peer", "reset by peer", "remote process exited")
-"""How gloo and NCCL say so."""
+from pretrain.ending import exit_status, main_process
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,49 +22,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train in this process; returns the exit status: 0, 2 for bad input, 75 when told to stop, 1 for failures."""
-    from pretrain.preemption import Preempted, leave_when_asked
+    from pretrain.preemption import leave_when_asked
 
     leave_when_asked()
     from pretrain.accelerator import end_with_launcher
-    from pretrain.loop import train
-    from pretrain.recipe_file import load_recipe
-    from pretrain.rollback import RunFailed
 
     end_with_launcher()
-    main = int(os.environ.get("RANK", "0")) == 0
-    try:
-        recipe = load_recipe(arguments.recipe, arguments.settings)
-        output = arguments.output or Path("runs") / recipe.name
-        if arguments.dry_run:
-            from pretrain.dry_run import estimate
+    return exit_status(lambda: _train(arguments))
 
-            print(json.dumps(estimate(recipe), indent=1))
-            return 0
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        exported = train(recipe, output, "auto" if again else arguments.resume)
-    except UserError as error:
-        if main:
-            print(f"headwater: {error}", file=sys.stderr)
-        return 2
-    except RunFailed as error:
-        if main:
-            print(f"headwater: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        # What is left of a process whose peer has ended; the peer, or the launcher, says why.
-        if "RANK" in os.environ and any(words in str(error) for words in _PEER_LOST):
-            return PEER_LOST
-        raise
-    except Preempted as stop:
-        if main:
-            what = "saved; " if stop.agreed else ""
-            print(f"headwater: stopped ({stop.reason}); {what}the same command goes on from there", file=sys.stderr)
-        return stop.status
-    except KeyboardInterrupt:
-        if main:
-            print("headwater: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    if main:
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pretrain.loop import train
+    from pretrain.recipe_file import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.settings)
+    output = arguments.output or Path("runs") / recipe.name
+    if arguments.dry_run:
+        from pretrain.dry_run import estimate
+
+        print(json.dumps(estimate(recipe), indent=1))
+        return 0
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    exported = train(recipe, output, "auto" if again else arguments.resume)
+    if main_process():
         print(f"exported to {exported}")
         print(f"next: headwater finetune {exported} TRAIN_SHARDS --test TEST_SHARDS --strategy linear")
     return 0
