@@ -80,9 +80,9 @@ class Settings(BaseModel):
     flip: float = Field(0.0, ge=0, le=1)
     """All that train the encoder, on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
     mixup: float = Field(0.0, ge=0, le=1)
-    """All that train the encoder, on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); 0 for none."""
+    """All that train the encoder, on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); or 0."""
     cutmix: float = Field(0.0, ge=0, le=1)
-    """All that train the encoder, on images: the same of CutMix (Yun et al. 2019); one of the two a pair where both are on."""
+    """All that train the encoder, on images: the same of CutMix (Yun et al. 2019); with both on, each pair gets one."""
     drop_path: float | None = Field(None, ge=0, lt=1)
     """All that train the encoder: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
     Where not given, what the encoder was pre-trained with."""
@@ -91,12 +91,12 @@ class Settings(BaseModel):
     ema: float | None = Field(None, ge=0, lt=1)
     """All that train the encoder: momentum of an average of the weights, which is then the model; none without."""
     patience: int | None = Field(None, ge=1)
-    """All that train the encoder: hold out a quarter of the labels, look at it ten times, keep the best state, and stop after so
-    many looks without a better one. Without it all labels train, to the last step."""
+    """All that train the encoder: hold out a quarter of the labels, look at it ten times, keep the best state, and stop
+    after so many looks without a better one. Without it all labels train, to the last step."""
     microbatch: int | None = Field(None, ge=1)
     """All that train the encoder: most samples that a process holds at once; the rest of its share is accumulated."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """All that train the encoder, with an output: steps between two checkpoints; a tenth of the steps where not given."""
+    """All that train the encoder, with an output: steps between two checkpoints; a tenth of them all where not given."""
 
     @property
     def augmentation(self) -> Augmentation | None:
