@@ -74,7 +74,7 @@ class SampleLoader:
             keys = self.samples.keys(self.seed, epochs, positions)
             for first in range(0, len(places), step):
                 part = slice(first, first + step)
-                labelled = self._read(positions[part], keys[part])
+                labelled = self.read(positions[part], keys[part])
                 if first + step == len(places):
                     position += self.batch_size
                     self.position = position
@@ -94,7 +94,8 @@ class SampleLoader:
         """None: samples in memory are whole."""
         return 0, []
 
-    def _read(self, positions: Ints, keys: Tensor) -> Labelled:
+    def read(self, positions: Ints, keys: Tensor) -> Labelled:
+        """The samples at `positions` with their truth; `keys` are their random ones."""
         return Labelled(self.samples.batch(positions, keys), self.samples.truth(positions, keys, self.augment))
 
 

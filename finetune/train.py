@@ -82,7 +82,7 @@ class Training:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             set_rate = self.settings.lr
             lr, trials = self._choose(candidates) if set_rate is None else (set_rate, {})
-            inner, valid = self._split(self.samples) if self.settings.patience else (self.samples, None)
+            inner, valid = self.split(self.samples) if self.settings.patience else (self.samples, None)
             try:
                 duties = self._train(inner, valid, lr, self.trace)
             except RunFailed as error:
@@ -124,10 +124,7 @@ class Training:
 
     def _try(self, candidates: tuple[float, ...]) -> dict[float, tuple[float, float]]:
         """(merit, -loss) of each rate on a quarter of the labels; {} where they are too few to split."""
-        samples = self.samples
-        if len(samples) > TRIED:
-            samples = samples.select(np.sort(keyed_order(len(samples), self.seed, 0)[:TRIED]))
-        inner, valid = self._split(samples)
+        inner, valid = self.split()
         trials: dict[float, tuple[float, float]] = {}
         for lr in candidates if valid is not None else ():
             assert valid is not None
@@ -141,8 +138,15 @@ class Training:
                 trials[lr] = (judged.merit, -judged.loss)
         return trials
 
-    def _split(self, samples: Samples) -> tuple[Samples, Samples | None]:
-        """Three quarters to train on and a quarter to judge by; all and None where no class has two."""
+    def split(self, samples: Samples | None = None) -> tuple[Samples, Samples | None]:
+        """Three quarters to train on and a quarter to judge by; all and None where no class has two.
+
+        Of `samples`, or of at most `TRIED` of all.
+        """
+        if samples is None:
+            samples = self.samples
+            if len(samples) > TRIED:
+                samples = samples.select(np.sort(keyed_order(len(samples), self.seed, 0)[:TRIED]))
         count = min(4, int(np.bincount(samples.labels).max()))
         if count < 2:
             return samples, None
@@ -154,7 +158,7 @@ class Training:
         """One fit to its end; `valid` stops it early. Raises `RunFailed` where it diverged."""
         settings = self.settings
         encoder = self.start()
-        learner = Learner(encoder, self._head(encoder, samples))
+        learner = Learner(encoder, self.first_head(encoder, samples))
         weights = balanced(samples, self.classes) if settings.balance else None
         objective = FineTuning(
             learner, samples.target, Views.of(settings), weights, self.before_step, keeps_best=valid is not None
@@ -173,7 +177,7 @@ class Training:
                 objective.depth.remove()
         return duties
 
-    def _head(self, encoder: Encoder, samples: Samples) -> LinearHead:
+    def first_head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         """The given head, or a small random one behind the features as they are now, standardised."""
         if self.head is not None:
             return self.head(encoder, samples)

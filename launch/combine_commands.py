@@ -14,6 +14,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     _ensemble(sub)
     _soup(sub)
     _interpolate(sub)
+    _multitask(sub)
     _adapt(sub)
 
 
@@ -60,6 +61,22 @@ def _interpolate(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, default=11, help="models on the way, ends included (default: 11)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="robustness curve (default: OUTPUT/robustness.png)")
     parser.add_argument("--train", help="training data, needed where the encoder has BatchNorm")
+    _output(parser)
+
+
+def _multitask(sub: argparse._SubParsersAction) -> None:
+    parser = _command(sub, "multitask", multitask, "several tasks over one encoder, beside each alone")
+    parser.add_argument("encoder", help="an export's folder")
+    parser.add_argument(
+        "settings",
+        nargs="+",
+        metavar="NAME=TRAIN[:TEST]",
+        help="tasks, by any name that is no setting; and settings of fine-tuning (key=value)",
+    )
+    parser.add_argument("--sampling", default="proportional", help="proportional, equal or temperature (proportional)")
+    parser.add_argument("--temperature", type=float, default=2.0, help="of --sampling temperature (default: 2)")
+    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget of each task")
+    parser.add_argument("--seeds", type=int, default=1, help="repetitions (default: 1)")
     _output(parser)
 
 
@@ -178,6 +195,51 @@ def interpolate(arguments: argparse.Namespace) -> int:
             lines.append(f"  over {lead['over']}: {difference} points, paired")
     lines += [f"robustness curve in {plot}"] if plot is not None else []
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
+
+
+def multitask(arguments: argparse.Namespace) -> int:
+    """`headwater multitask`."""
+    from data.errors import UserError
+    from finetune.compare import percent
+    from finetune.multitask import multitask
+    from finetune.settings import Settings
+    from launch.task_commands import settings_of
+
+    pairs = [pair for pair in arguments.settings if pair.partition("=")[0] not in Settings.model_fields]
+    tasks: dict[str, tuple[str, str | None]] = {}
+    for pair in pairs:
+        name, equals, data = pair.partition("=")
+        if not equals or not data:
+            raise UserError(f"{pair!r} is no task; write NAME=TRAIN or NAME=TRAIN:TEST")
+        if name in tasks:
+            raise UserError(f"two tasks are named {name!r}; give each a name of its own")
+        train, colon, test = data.rpartition(":")
+        tasks[name] = (train, test) if colon and not test.startswith("//") else (data, None)
+    results = multitask(
+        arguments.encoder,
+        tasks,
+        sampling=arguments.sampling,
+        temperature=arguments.temperature,
+        labels_per_class=arguments.labels_per_class,
+        seeds=range(arguments.seeds),
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        report=to_stderr,
+        **settings_of([pair for pair in arguments.settings if pair not in pairs]),
+    )
+    lines = []
+    for name, found in results["tasks"].items():
+        joint, alone, lead = found["joint"], found["alone"], found["lead"]
+        difference = f"{100 * lead['difference']:+.1f} ({percent(lead['interval'])})"
+        accuracies = f"{100 * joint['accuracy']:.1f} % together, {100 * alone['accuracy']:.1f} % alone"
+        lines.append(f"{name}: {accuracies}, {difference} points, paired")
+    if arguments.output:
+        first = next(iter(tasks))
+        lines += [
+            f"a model for each task in {arguments.output}",
+            f"next: headwater predict {arguments.output}/{first} FILES",
+        ]
+    return tell(results, "\n".join(lines), arguments)
 
 
 def adapt(arguments: argparse.Namespace) -> int:
