@@ -12,6 +12,7 @@ from launch import (
     cluster_commands,
     combine_commands,
     commands,
+    export_commands,
     plan_commands,
     shard_commands,
     task_commands,
@@ -60,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     _inspect(sub)
     _pretrain(sub)
     _replay(sub)
-    _export(sub)
+    export_commands.add(sub)
     task_commands.add(sub)
     combine_commands.add(sub)
     _status(sub)
@@ -183,13 +184,6 @@ def _replay(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("step", type=int, help="as in metrics.jsonl; RUN/bad lists the bad ones")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change, e.g. data.train=SHARDS")
     parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="state to start from")
-    _json(parser)
-
-
-def _export(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "export", commands.export, "the newest checkpoint of a run -> a folder for timm or transformers")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("out", type=Path, help="folder to make or replace")
     _json(parser)
 
 

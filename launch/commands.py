@@ -53,15 +53,6 @@ def replay(arguments: argparse.Namespace) -> int:
     return 0 if math.isfinite(found.loss) and math.isfinite(found.gradient_norm) else 1
 
 
-def export(arguments: argparse.Namespace) -> int:
-    """`headwater export`."""
-    from pretrain.export import export_run
-
-    about = export_run(arguments.run, arguments.out)
-    text = f"step {about['step']:,} of {about['recipe']['name']} in {arguments.out}, self-test passed"
-    return tell(about, text, arguments)
-
-
 def status(arguments: argparse.Namespace) -> int:
     """`headwater status`: exit status 1 when a run has failed or fallen silent."""
     from launch.status import as_json, find_runs, read_status, table
