@@ -23,6 +23,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--budgets", metavar="N,N,…", help="labels in total, such as 10,100,1000,all")
     parser.add_argument("--per-class", action="store_true", help="budgets count the labels of each class")
     parser.add_argument("--strategies", metavar="A,B,…", help="such as majority,knn,linear,full,scratch")
+    parser.add_argument("--test-items", type=int, metavar="N", help="judge on N of the test items (default: all)")
     parser.add_argument("--seeds", type=int, default=3, help="draws of labels (default: 3)")
     parser.add_argument("--minutes", type=float, default=20.0, help="time cap of this start (default: 20)")
     parser.add_argument("--targets", metavar="A,A,…", help="accuracies to tell the labels for, such as 0.6,0.8")
@@ -40,6 +41,7 @@ def advise(arguments: argparse.Namespace) -> int:
         budgets=_words(arguments.budgets),
         per_class=arguments.per_class,
         strategies=_words(arguments.strategies),
+        test_items=arguments.test_items,
         seeds=arguments.seeds,
         minutes=arguments.minutes,
         targets=_numbers(arguments.targets),

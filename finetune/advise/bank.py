@@ -1,57 +1,114 @@
-"""Features of a frozen encoder, each sample's computed once and only when a cell needs it."""
+"""Features of a frozen encoder, each sample's computed once, only when a cell needs it, and kept through a kill."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data.files import write_atomically
+from finetune.advise.clock import OutOfTime
 from finetune.encoder import Encoder
 from finetune.features import extract
 from finetune.samples import Ints, Samples
 from finetune.settings import Settings
 
+CHUNK = 2048
+"""Samples extracted at once: what a stop in between can lose."""
+OFTEN = 30.0
+"""Seconds between writing what there is to disk."""
+
 
 class FeatureBank:
-    """One encoder's features of the training and the test samples."""
+    """One encoder's features of the training and then of the test samples."""
 
     def __init__(
-        self, encoder: Encoder, train: Samples, test: Samples, settings: Settings, accelerator: Accelerator
+        self,
+        encoder: Encoder,
+        train: Samples,
+        test: Samples,
+        settings: Settings,
+        accelerator: Accelerator,
+        path: Path | None = None,
     ) -> None:
-        self.encoder, self.train, self.test = encoder, train, test
-        self._settings, self._accelerator = settings, accelerator
-        self._features, self._known = torch.empty(len(train), encoder.features), np.zeros(len(train), dtype=bool)
-        self._judged: Tensor | None = None
+        """`path` is a file of a former start to go on from, and to write; nothing is written without it."""
+        self.encoder, self._sides = encoder, (train, test)
+        self._settings, self._accelerator, self._path = settings, accelerator, path
+        count = len(train) + len(test)
+        self._features, self._known = torch.zeros(count, encoder.features), torch.zeros(count, dtype=torch.bool)
         self._seconds, self._count = 0.0, 0
+        if path is not None and path.exists():
+            self._load(path)
 
     def at(self, positions: Ints) -> Tensor:
         """Features of training samples, float32 (n, d)."""
-        missing = positions[~self._known[positions]]
-        if len(missing):
-            self._features[torch.from_numpy(missing)] = self._extract(self.train.select(missing))
-            self._known[missing] = True
-        return self._features[torch.from_numpy(positions)]
+        return self._get(0, positions)
 
     def of_test(self) -> Tensor:
         """Features of all test samples, float32 (m, d)."""
-        if self._judged is None:
-            self._judged = self._extract(self.test)
-        return self._judged
+        return self._get(1, self._test)
 
     def missing(self, positions: Ints) -> int:
         """Samples that a cell at `positions` would have to pass through the encoder."""
-        return int((~self._known[positions]).sum()) + (len(self.test) if self._judged is None else 0)
+        rows = np.concatenate([positions, self._test + len(self._sides[0])])
+        return int((~self._known[torch.from_numpy(rows)]).sum())
 
     @property
     def seconds_each(self) -> float | None:
         """Seconds a sample took, None before the first."""
         return self._seconds / self._count if self._count else None
 
-    def _extract(self, samples: Samples) -> Tensor:
+    @property
+    def _test(self) -> Ints:
+        return np.arange(len(self._sides[1]), dtype=np.int64)
+
+    def _get(self, side: int, positions: Ints) -> Tensor:
+        rows = torch.from_numpy(positions + side * len(self._sides[0]))
+        missing = positions[~self._known[rows].numpy()]
+        saved = time.perf_counter()
+        try:
+            for chunk in np.split(missing, range(CHUNK, len(missing), CHUNK)):
+                self._extract(side, chunk)
+                if time.perf_counter() - saved > OFTEN:
+                    self._save()
+                    saved = time.perf_counter()
+        except OutOfTime:
+            self._save()
+            raise
+        if len(missing) >= CHUNK:
+            self._save()
+        return self._features[rows]
+
+    def _extract(self, side: int, positions: Ints) -> None:
+        if not len(positions):
+            return
         started = time.perf_counter()
-        features = extract(self.encoder, samples, self._settings, self._accelerator)
-        self._seconds, self._count = self._seconds + time.perf_counter() - started, self._count + len(samples)
-        return features
+        samples = self._sides[side].select(positions)
+        rows = torch.from_numpy(positions + side * len(self._sides[0]))
+        self._features[rows] = extract(self.encoder, samples, self._settings, self._accelerator)
+        self._known[rows] = True
+        self._seconds, self._count = self._seconds + time.perf_counter() - started, self._count + len(positions)
+
+    def _save(self) -> None:
+        if self._path is not None:
+            rate = torch.tensor([self._seconds, float(self._count)], dtype=torch.float64)
+            self._path.parent.mkdir(exist_ok=True)
+            tensors = {"features": self._features, "known": self._known, "rate": rate}
+            write_atomically(self._path, save(tensors))
+
+    def _load(self, path: Path) -> None:
+        """What a former start left; a file that does not fit is passed over."""
+        try:
+            found = load_file(path)
+            if found["features"].shape != self._features.shape:
+                return
+            self._features, self._known = found["features"], found["known"]
+            self._seconds, self._count = float(found["rate"][0]), int(found["rate"][1])
+        except (SafetensorError, KeyError):
+            return

@@ -2,21 +2,23 @@
 
 Test items are resampled with replacement, the same for every cell (so that differences are paired). Seeds are
 few: resampling three of them with replacement gives intervals that are far too short. Their part is drawn from
-Student's t with seeds - 1 degrees of freedom instead, from the same draws for every way, which is exact for
-normal deviations (a hierarchical bootstrap with a parametric upper level; see Davison and Hinkley 1997, section
-3.8). One seed has no such part: its intervals hold the chance in the test items only.
+Student's t instead, from the same draws for every way (a hierarchical bootstrap with a parametric upper level; see
+Davison and Hinkley 1997, section 3.8), with a variance and degrees of freedom that borrow from the study's other
+cells (see `variance`). One seed has no such part: its intervals hold the chance in the test items only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import gammaincinv, ndtri
 
 from finetune.advise.cells import Cell
+from finetune.advise.variance import Prior, fit_prior
 
 Floats = NDArray[np.float64]
 RESAMPLES = 2000
@@ -58,6 +60,7 @@ class Evidence:
         uniform = _uniform(stream, resamples * (len(self.seeds) + 1)).reshape(-1, resamples)
         self._normal = dict(zip(self.seeds, ndtri(uniform[1:]), strict=True))
         self._spread = uniform[0]
+        self._own, self._paired = self._priors()
 
     def seeds_of(self, *arms: str, labels: int) -> list[int]:
         """The seeds with which all these arms were run on that many labels."""
@@ -70,8 +73,20 @@ class Evidence:
         if not keys:
             return None
         points, draws = np.array([self._points[key] for key in keys]), np.stack([self._draws[key] for key in keys])
-        found = self._joined(points, draws, seeds, False)
+        found = self._joined(points, draws, seeds, labels, self._own)
         return Estimate(found.value, found.draws.clip(0.0, 1.0), found.seeds)
+
+    def _priors(self) -> tuple[Prior, Prior]:
+        """Of the spreads over seeds of all accuracies, and of all differences at the same budget."""
+        groups: dict[int, dict[str, dict[int, float]]] = {}
+        for (arm, labels, seed), accuracy in self._points.items():
+            groups.setdefault(labels, {}).setdefault(arm, {})[seed] = accuracy
+        own, paired = [], []
+        for labels, arms in groups.items():
+            own += [_variance(list(seeds.values()), labels) for seeds in arms.values()]
+            for one, two in combinations(arms.values(), 2):
+                paired.append(_variance([one[seed] - two[seed] for seed in one if seed in two], labels))
+        return fit_prior(own), fit_prior(paired)
 
     def difference(self, arm: str, other: str, labels: int, another_draw: bool = False) -> Estimate | None:
         """Mean accuracy of `arm` minus that of `other`, over the seeds that both have: paired by seed and item.
@@ -86,19 +101,29 @@ class Evidence:
             return None
         points = np.array([self._points[one] - self._points[two] for one, two in pairs])
         draws = np.stack([self._draws[one] - self._draws[two] for one, two in pairs])
-        return self._joined(points, draws, seeds, another_draw)
+        found = self._joined(points, draws, seeds, labels, self._paired, another_draw)
+        return Estimate(found.value, found.draws.clip(-1.0, 1.0), found.seeds)
 
-    def _joined(self, points: Floats, draws: Floats, seeds: list[int], another: bool) -> Estimate:
+    def _joined(
+        self, points: Floats, draws: Floats, seeds: list[int], labels: int, prior: Prior, another: bool = False
+    ) -> Estimate:
         """Resampled items, averaged over the seeds (seeds, resamples), and the seeds' own chance on top."""
         count, mean = len(points), float(points.mean())
-        joined = draws.mean(axis=0)
-        if count > 1:
+        joined, variance = draws.mean(axis=0), float(points.var(ddof=1)) if count > 1 else 0.0
+        if variance > 1e-12:
+            steadied, freedom = prior.moderated(variance, count - 1, labels)
+            # The shared normal draws keep what differs with the seed together in all ways; over the root of a
+            # chi-square they are Student's t.
             deviations = sum(self._normal[s] * (x - mean) for s, x in zip(seeds, points, strict=True))
-            # Normal draws over the root of a chi-square are Student's t.
-            chi = 2 * gammaincinv((count - 1) / 2, self._spread)
-            scale = np.sqrt((count - 1) / chi / (count * (count - 1)))
+            chi = 2 * gammaincinv(freedom / 2, self._spread)
+            scale = np.sqrt(steadied / variance * freedom / chi / (count * (count - 1)))
             joined = joined + deviations * scale * (np.sqrt(count + 1.0) if another else 1.0)
         return Estimate(mean, joined, count)
+
+
+def _variance(values: list[float], labels: int) -> tuple[float, int, int]:
+    """Sample variance, its degrees of freedom, labels; 0 where there is none."""
+    return (float(np.var(values, ddof=1)), len(values) - 1, labels) if len(values) > 1 else (0.0, 0, labels)
 
 
 def _resampled(correct: NDArray[np.bool_], resamples: int, stream: np.random.Philox) -> Floats:

@@ -81,7 +81,7 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
         reason, cell = _attempt(arm, labels, seed, plan, runner, costs)
         if cell is None:
             missing.append({"arm": arm.name, "labels": labels, "seed": seed, "reason": reason})
-            if reason == UP:
+            if len(missing) > 1:
                 continue
             report(f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: not run, {reason}")
             continue
@@ -91,9 +91,8 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
             f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: "
             f"{100 * cell.accuracy:.1f} % in {_time(cell.seconds)}; {_time(runner.clock.left())} left"
         )
-    late = sum(cell["reason"] == UP for cell in missing)
-    if late:
-        report(f"{UP}: {late} cells were not begun")
+    if len(missing) > 1:
+        report(f"{len(missing) - 1} more cells were not run; advise.json names them")
     return missing
 
 

@@ -53,19 +53,18 @@ def _frozen_or_trained(table: Table) -> str:
         if found is None or one is None or two is None:
             continue
         low, high = found.interval
-        who = (
-            f"{one.name} beats {two.name}"
-            if low > 0
-            else f"{two.name} beats {one.name}"
-            if high < 0
-            else "no difference"
-        )
+        who = f"{one.name} and {two.name} do not differ measurably"
+        if found.seeds == 1:
+            who = f"{one.name} and {two.name} had one seed, which is no verdict"
+        elif low > 0 or high < 0:
+            who = f"{one.name} beats {two.name}" if low > 0 else f"{two.name} beats {one.name}"
         bounds = f"{100 * found.value:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
         said.append((labels, f"with {labels:,} labels {who}, {bounds}"))
     if not said:
         return f"{NOT_MEASURED}: no frozen and trained strategy ran on the same labels."
     kept = said if len(said) < 4 else [said[0], said[len(said) // 2], said[-1]]
-    return "; ".join(text for _, text in kept).capitalize() + "."
+    text = "; ".join(text for _, text in kept)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _best(table: Table, arms: list[Arm], labels: int) -> Arm | None:

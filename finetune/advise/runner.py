@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,11 @@ class Subject:
 class Runner:
     """Everything that cells share."""
 
-    def __init__(self, subjects: dict[str, Subject], settings: Settings, clock: Clock) -> None:
-        """`subjects` by the arms' weights: `pre-trained`, and `second` where there is one."""
+    def __init__(
+        self, subjects: dict[str, Subject], settings: Settings, clock: Clock, folder: Path | None = None
+    ) -> None:
+        """`subjects` by the arms' weights: `pre-trained`, and `second` where there is one; features go to `folder`."""
+        self._folder = folder
         self.subjects, self.settings, self.clock = subjects, settings, clock
         self.accelerator = accelerator_for(settings)
         self._banks: dict[tuple[str, int], FeatureBank] = {}
@@ -116,8 +120,9 @@ class Runner:
         if key not in self._banks:
             subject = self._subject(arm)
             encoder = fresh(subject.encoder, seed) if arm.weights == "untrained" else subject.encoder
+            path = None if self._folder is None else self._folder / f"{arm.weights}-{key[1]}.safetensors"
             train, test = self._watched(subject.task.train), self._watched(subject.task.test)
-            self._banks[key] = FeatureBank(encoder, train, test, self.settings, self.accelerator)
+            self._banks[key] = FeatureBank(encoder, train, test, self.settings, self.accelerator, path)
         return self._banks[key]
 
 

@@ -43,7 +43,7 @@ def similarity(encoder: Encoder, task: Task, pretraining: str | Path, settings: 
     Raises:
         UserError: the shards are missing or of another kind than the encoder's.
     """
-    target = task.train.select(_some(len(task.train)))
+    target = task.train.select(_some(len(task.train), 1))
     source = _images(encoder, pretraining) if isinstance(encoder, ImageEncoder) else None
     if isinstance(encoder, DocumentEncoder):
         assert isinstance(target, TextSamples)
@@ -75,9 +75,9 @@ def _distance(accuracy: float) -> float:
     return max(0.0, 2 * (2 * accuracy - 1))
 
 
-def _some(count: int) -> NDArray[np.int64]:
-    """Up to `MOST` positions in random order."""
-    return np.argsort(hash64(0, 0x51A1, np.arange(count)), kind="stable")[:MOST].astype(np.int64)
+def _some(count: int, side: int = 0) -> NDArray[np.int64]:
+    """Up to `MOST` positions in random order, another one for each side: the two may be the same data."""
+    return np.argsort(hash64(side, 0x51A1, np.arange(count)), kind="stable")[:MOST].astype(np.int64)
 
 
 def _images(encoder: ImageEncoder, pretraining: str | Path) -> Samples:

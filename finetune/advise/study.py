@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Choices:
     """Whether budgets count the labels of each class."""
     strategies: Sequence[str] | None = None
     """`DEFAULT` without."""
+    test_items: int | None = None
+    """Judge on so many of the test items, stratified and the same in every cell; on all without."""
     seeds: int = 3
     """Draws of the labels and of everything else that is random."""
     minutes: float = 20.0
@@ -86,7 +88,7 @@ def advise(
     _check(choices)
     clock = Clock(60 * choices.minutes - min(MOST_RESERVE, RESERVE * 60 * choices.minutes))
     names = _strategies(choices.strategies)
-    subjects, separation = _subjects(source, train, test, second, settings, report)
+    subjects, separation = _subjects(source, train, test, second, settings, choices.test_items, report)
     subject = subjects["pre-trained"]
     labels = subject.task.train.labels
     asked = parse_budgets(choices.budgets) if choices.budgets else None
@@ -97,10 +99,15 @@ def advise(
     identity = _identity(subjects, separation, choices, settings)
     file = CellFile(_folder(folder, overwrite) / "cells.jsonl", identity)
     subsets = {(n, seed): take(labels, budgets[n], seed, choices.per_class) for n in budgets for seed in seeds}
-    runner = Runner(_settled(subjects, subsets, report), settings, clock)
+    for each in subjects.values():
+        settle(each.task.train, report)
+        settle(each.task.test, report)
+    runner = Runner(subjects, settings, clock, folder / "features")
     plan = Plan(arms, list(budgets), seeds, subsets, settings, len(subject.task.test))
     alike = similarity(subject.encoder, subject.task, choices.pretraining, settings) if choices.pretraining else None
     missing = run_cells(plan, runner, file, report)
+    if not missing:
+        shutil.rmtree(folder / "features", ignore_errors=True)
     wanted = [file.cells[key] for key in plan.cells() if key in file.cells]
     results = {"format": 1} | describe_task(subject.task)
     results |= {
@@ -124,6 +131,8 @@ def advise(
 
 
 def _check(choices: Choices) -> None:
+    if choices.test_items is not None and choices.test_items < 1:
+        raise UserError("a study needs test items: --test-items 1000")
     if choices.seeds < 1 or not choices.minutes > 0:
         raise UserError("a study needs one seed or more and more than 0 minutes")
     if any(not 0 < target < 1 for target in choices.targets or ()):
@@ -156,6 +165,7 @@ def _subjects(
     test: str | Path | None,
     second: str | Path | None,
     settings: Settings,
+    test_items: int | None,
     report: Report,
 ) -> tuple[dict[str, Subject], Separation]:
     """The encoders with the task as each reads it, and which samples were left out."""
@@ -168,6 +178,9 @@ def _subjects(
         report(f"{separation.removed_from_train:,} training samples are in the test set too and are left out")
     if separation.removed_from_test:
         report(f"{separation.removed_from_test:,} test samples repeat another and are left out")
+    if test_items is not None and test_items < len(separation.test):
+        kept = take(task.test.labels[separation.test], test_items, 0, False)
+        separation = replace(separation, test=separation.test[kept])
     subjects = {"pre-trained": Subject(encoder, separation.apply(task))}
     if second is not None:
         if isinstance(train, Task):
@@ -213,13 +226,3 @@ def _folder(folder: Path, overwrite: bool) -> Path:
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror}; choose another --output") from None
     return folder
-
-
-def _settled(
-    subjects: dict[str, Subject], subsets: dict[tuple[int, int], np.ndarray], report: Report
-) -> dict[str, Subject]:
-    """Pictures decoded once, where they fit into memory."""
-    for subject in subjects.values():
-        settle(subject.task.train, report)
-        settle(subject.task.test, report)
-    return subjects
