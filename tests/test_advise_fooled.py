@@ -25,14 +25,14 @@ def _silent(_: str) -> None:
 
 
 def _study(encoder: Path, train: Path, test: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"budgets": ["20", "100", "300"], "strategies": ["knn", "linear"], "seeds": 3}
+    options: dict[str, Any] = {"budgets": ["20", "150"], "strategies": ["knn", "linear"], "seeds": 3}
     options |= {"settings": STEPS} | changes
     return advise(encoder, train, test, out, choices=Choices(**options), report=_silent)
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Digits for an encoder to be trained on, and others to study it with; and an encoder that learned from the first."""
+    """Digits to train an encoder on, and others to study it with; and an encoder that learned from the first."""
     images, labels = digits()
     root = tmp_path_factory.mktemp("halves")
     parts = {"first": slice(0, 800), "train": slice(800, 1300), "test": slice(1300, 1797)}
