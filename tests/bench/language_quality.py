@@ -42,7 +42,7 @@ from pretrain.recipe_file import load_recipe
 from pretrain.reload import load_objective
 from pretrain.run import read_metrics
 
-BUDGETS = {100: 5, 1000: 3, None: 3}
+BUDGETS: dict[int | None, int] = {100: 5, 1000: 3, None: 3}
 """Labels in all (None: every one) and draws of them."""
 EVERY = 16
 """One token in so many is hidden, so that both its neighbours can be seen: by the trigram model, too."""
@@ -186,13 +186,15 @@ class MiddleTrigram:
         return mixed / (total + kinds)
 
 
-def judged(export: Path, sst2: Path, names: dict[str, tuple[str, bool]]) -> dict[str, Any]:
+def judged(
+    export: Path, sst2: Path, names: dict[str, tuple[str, bool]], budgets: dict[int | None, int] = BUDGETS
+) -> dict[str, Any]:
     """SST-2 test accuracy at every budget, for strategies by name (and whether of the bag of tokens)."""
     encoder = load_encoder(export)
     assert isinstance(encoder, DocumentEncoder)
     task = load_task(sst2 / "train.tsv", sst2 / "test.tsv", encoder)
     found = {}
-    for labels, draws in BUDGETS.items():
+    for labels, draws in budgets.items():
         for name, (strategy, bag) in names.items():
             source = BagOfTokens(encoder) if bag else encoder
             a_class = None if labels is None else labels // 2
@@ -243,7 +245,7 @@ def domain(text: Path, work: Path) -> dict[str, Any]:
             side: fill_mask(export, sides["general"], shards / "validation")["model"] for side, shards in sides.items()
         }
         strategies = {f"{name}, full": ("full", False), f"{name}, linear": ("linear", False)}
-        found |= judged(export, text / "sst2", strategies)
+        found |= judged(export, text / "sst2", strategies, {100: 5, 1000: 3})
     curve = [line for line in read_metrics(work / "mlm_adapted") if "general_loss" in line]
     found["forgetting"] = [{k: line[k] for k in ("step", "general_loss", "validation_loss")} for line in curve]
     return found
