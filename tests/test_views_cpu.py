@@ -29,13 +29,12 @@ from pretrain.views import (
     make_views,
     random_resized_crop_boxes,
 )
-from pretrain.views import make as making
-from pretrain.views.cpu import LARGE, Strengths, views_each
-from pretrain.views.make import draw, render
-from pretrain.views.native import library
+from pretrain.views.blur import taps
+from pretrain.views.cpu import LARGE, PIECE, Strengths, views_each
+from pretrain.views.make import _render, draw, render
+from pretrain.views.passes import can_fuse, fuse_views
 
 CANVAS = LARGE + 36
-needs_compiler = pytest.mark.skipif(library() is None, reason="there is no C compiler here")
 
 
 @pytest.fixture
@@ -45,27 +44,65 @@ def threads():
     torch.set_num_threads(before)
 
 
-@needs_compiler
+@pytest.fixture
+def fused():
+    if not can_fuse():
+        pytest.skip("there is no C++ compiler here")
+    yield fuse_views
+    fuse_views(False)
+
+
 @pytest.mark.parametrize("side", [1, 2, 7, 16, 33, 70])
 @pytest.mark.parametrize("canvas", [24, CANVAS])
-def test_compiled_views_are_torch_s(side: int, canvas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_views_in_pieces_are_those_of_the_whole_batch(side: int, canvas: int) -> None:
+    """The way of a CPU and that of other devices."""
     batch = batch_of(40, canvas)
     kind = ViewConfig(solarize=0.3, blur=BlurConfig(sigma=(0.1, 3.0)))
     drawn, vision = draw(uniform(batch.keys, "views", (32,)), batch.sizes, kind), VisionConfig()
     ours = render(batch.images, [(kind, drawn)], side, vision)[0]
-    monkeypatch.setattr(making, "compiled", lambda: False)
-    theirs = render(batch.images, [(kind, drawn)], side, vision)[0]
+    theirs = _render(batch.images, drawn, kind, side, vision)
     # A value within rounding of 0.5 may be inverted in one and not in the other: few, and by a lot.
     close = torch.isclose(ours, theirs, atol=1e-4, rtol=0)
     assert close.float().mean() > 0.9995
     assert close[~drawn.solarize].all()
 
 
-@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("canvas", [24, CANVAS])
+@pytest.mark.parametrize("side", [37, 150])
+def test_compiled_views_have_the_bits_of_eager_ones(side: int, canvas: int, fused) -> None:
+    """Also with odd sizes, short pieces, any split, and inside mixed precision."""
+    batch, vision = batch_of(round(1.7 * PIECE / side**2), canvas), VisionConfig(image_size=side)
+    config = ViewsConfig(
+        views=[ViewConfig(count=2, solarize=0.5, grey=0.5), ViewConfig(jitter=None, blur=BlurConfig(probability=1.0))]
+    )
+    eager = make_views(batch, config, vision)[0]
+    fused(True)
+    assert torch.equal(make_views(batch, config, vision)[0], eager)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(make_views(batch[slice(1, 4)], config, vision)[0], eager[:, 1:4])
+
+
+def test_the_compiled_pass_has_the_bits_of_the_eager_one(fused) -> None:
+    """The jitter, at a size that no vector divides: its sum and every rounding."""
+    batch, vision = batch_of(PIECE // 11**2 + 300), VisionConfig(image_size=11)  # a whole piece, and half of one
+    config = ViewsConfig(views=[ViewConfig(blur=None)])
+    eager = make_views(batch, config, vision)[0]
+    fused(True)
+    assert torch.equal(make_views(batch, config, vision)[0], eager)
+
+
 def test_parameters_that_change_nothing_change_no_bit() -> None:
-    pictures = floats(3)
-    nothing = Strengths.only_flip(torch.zeros(1, 3, dtype=torch.bool))
-    assert torch.equal(views_each(pictures[None], torch.zeros(1, 3, 4), nothing, 20, "bilinear")[0], pictures)
+    """Whatever is drawn for the pictures beside them."""
+    pictures, none = floats(3), torch.zeros(1, 3)
+    strengths = Strengths(
+        jitter=torch.tensor([[[1.0, 1.0, 1.0, 0.0], [0.5, 1.5, 0.5, 0.1], [1.0, 1.0, 1.0, 0.0]]]),
+        flags=torch.zeros(1, 3, 3, dtype=torch.bool),
+        weights=taps(torch.tensor([0.0, 1.0, 0.0]), 1.0)[None],
+    )
+    made = views_each(pictures[None], none, strengths, 20, "bilinear")[0]
+    assert torch.equal(made[::2], pictures[::2])
+    assert not torch.equal(made[1], pictures[1])
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -123,12 +160,7 @@ def test_mixed_precision_does_not_reach_large_views() -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_a_compiled_step_sees_views_as_one_graph(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if native and library() is None:
-        pytest.skip("there is no C compiler here")
-    if not native:
-        monkeypatch.setattr(making, "compiled", lambda: False)
+def test_a_compiled_step_sees_views_as_one_graph() -> None:
     batch, vision = batch_of(4, CANVAS), VisionConfig(image_size=16)
     config = ViewsConfig(views=[ViewConfig(solarize=0.5)])
 

@@ -1,28 +1,30 @@
-"""Views on a CPU, picture by picture: torch's resize of bytes, then one pass of compiled code.
+"""Views on a CPU: torch's resize of bytes picture by picture, then passes over a few pictures at a time.
 
-A picture that stays in the cache from crop to normalisation is many times cheaper than a batch that goes
-through memory once an operation. Threads share the samples out, and each sample is made alone: its bits
-depend neither on their number nor on the batch.
+What stays in the cache from crop to normalisation is many times cheaper than a batch that goes through memory
+once an operation. Threads share the pieces out; the bits of a view depend neither on their number nor on the
+batch, nor on whether the passes are compiled.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.kernels import kernels
-from pretrain.views.native import library
+from pretrain.views.passes import Pass, colors, compiled, fused, plain, sharp, soft
 
 LARGE = 64
 """Canvases with a longer side are cropped picture by picture on a CPU; smaller ones by matrix products."""
+PIECE = 2**16
+"""Pixels that a pass goes over at a time, about: with its planes they stay in the cache."""
 
 
 def large(images: Tensor) -> bool:
@@ -39,14 +41,7 @@ class Strengths:
     flags: Tensor
     """bool (v, b, 3): flip, grey, solarise."""
     weights: Tensor
-    """float32 (v, b, radius + 1): of the blur, at distances from 0; those below 1e-6 are left out."""
-
-    @classmethod
-    def only_flip(cls, flip: Tensor) -> Strengths:
-        """Views that are mirrored where `flip`, bool (v, b), and nothing else."""
-        none = torch.zeros_like(flip)
-        jitter = torch.tensor([1.0, 1.0, 1.0, 0.0]).expand(*flip.shape, 4)
-        return cls(jitter, torch.stack([flip, none, none], dim=-1), torch.ones(*flip.shape, 1))
+    """float32 (v, b, radius + 1): of the blur, at distances from 0 (`blur.taps`)."""
 
 
 def views_each(
@@ -58,7 +53,7 @@ def views_each(
     mean: Sequence[float] = (0.0, 0.0, 0.0),
     std: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> Tensor:
-    """Whole views: cut, resize, mirror, jitter, grey, blur, solarise, normalise; needs `native.library()`.
+    """Whole views: cut, resize, mirror, jitter, grey, blur, solarise, normalise.
 
     Args:
         images: uint8 (b, 3, h, w) on the CPU, of any strides (interleaved pixels are quickest); or float32
@@ -84,31 +79,13 @@ def _views_each(
     mean: list[float],
     std: list[float],
 ) -> Tensor:
-    native = library()
-    assert native is not None
-    render = native.headwater_render
-    views, count = jitter.shape[:2]
-    cropped = images.dtype == torch.float32
-    out = images.contiguous().clone() if cropped else torch.empty(views, count, 3, side, side)
-    jitter, weights, marks = jitter.contiguous(), weights.contiguous(), flags.to(torch.uint8).contiguous()
-    constants, reach = torch.tensor([mean, std]), weights.shape[-1] - 1
-    corners = [] if cropped else boxes.tolist()
-    # Addresses of the first view's first sample, and how far it is from there to the next sample.
-    own = [(t.data_ptr(), t[0, 0].nbytes) for t in (out, jitter, marks, weights)]
-
-    def some(start: int, stop: int) -> None:
-        scratch = torch.empty(side * side + side + 2 * reach)
-        rows = torch.empty(2 * reach + 1, dtype=torch.int64)
-        rest = [t.data_ptr() for t in (constants[0], constants[1], scratch, rows)]
-        for n in range(start, stop):
-            for view in range(views):
-                pixels = None if cropped else _resized(images[n], corners[view][n], side, interpolation)
-                place = view * count + n
-                target, *values = [first + size * place for first, size in own]
-                render(None if pixels is None else pixels.data_ptr(), target, 1, side, *values, reach, *rest)
-
-    _shared_out(count, some)
-    return out
+    strengths = Strengths(jitter.flatten(0, 1), flags.flatten(0, 1), weights.flatten(0, 1))
+    if images.dtype == torch.float32:
+        cut = _Cut(images.flatten(0, 1), None, side, interpolation)
+    else:
+        cut = _Cut(images, boxes.flatten(0, 1).tolist(), side, interpolation)
+    made = _Pieces(cut, strengths, torch.tensor(mean), 1.0 / torch.tensor(std), fused())
+    return made.views().unflatten(0, jitter.shape[:2])
 
 
 @_views_each.register_fake
@@ -126,9 +103,112 @@ def _(
     return images.new_empty(*jitter.shape[:2], 3, side, side, dtype=torch.float32)
 
 
+@dataclass
+class _Cut:
+    """The crops of `v` views, numbered through: that of sample n for view k is number k * b + n."""
+
+    images: Tensor
+    boxes: list[list[int]] | None
+    """Without them `images` are the crops themselves."""
+    side: int
+    interpolation: str
+
+    def some(self, numbers: list[int], mirrored: list[bool]) -> Tensor:
+        """Bytes (or float32, where they are there) of these crops: (n, 3, side, side), plane by plane."""
+        if self.boxes is None:
+            return self.images[numbers]
+        out = torch.empty(len(numbers), 3, self.side, self.side, dtype=torch.uint8)
+        for place, (number, mirror) in enumerate(zip(numbers, mirrored, strict=True)):
+            image = self.images[number % len(self.images)]
+            pixels = _resized(image, self.boxes[number], self.side, self.interpolation)
+            out[place] = pixels.flip(2) if mirror else pixels
+        return out
+
+
+@dataclass
+class _Pieces:
+    """All views of a call, made a few at a time; blurred ones apart from the others."""
+
+    cut: _Cut
+    strengths: Strengths
+    """Over all views: (v * b, …)."""
+    mean: Tensor
+    scale: Tensor
+    fused: bool
+
+    def views(self) -> Tensor:
+        """float32 (v * b, 3, side, side)."""
+        jitter, weights = self.strengths.jitter, self.strengths.weights
+        out = torch.empty(len(jitter), 3, self.cut.side, self.cut.side)
+        blurred = (weights[:, 1:] > 0).any(dim=1)
+        sharply: Pass = sharp if bool((jitter != torch.tensor([1.0, 1.0, 1.0, 0.0])).any()) else plain
+        length = max(1, round(PIECE / self.cut.side**2))
+        pieces = _pieces(sharply, ~blurred, length) + _pieces(soft, blurred, length)
+
+        def make(start: int, stop: int) -> None:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                for kind, numbers in pieces[start:stop]:
+                    self._make(kind, numbers, length, out)
+
+        for number, (kind, numbers) in enumerate(pieces):
+            if self.fused and (kind, len(numbers)) not in [(k, len(n)) for k, n in pieces[:number]]:
+                make(number, number + 1)  # compiled by one thread, before the others need it
+        _shared_out(len(pieces), make)
+        return out
+
+    def _make(self, kind: Pass, numbers: list[int], length: int, out: Tensor) -> None:
+        """Put a piece into `out`. Compiled for `length` pictures: a longish piece repeats its last one, others are
+        made by the same functions as they are."""
+        wanted, fuse = len(numbers), self.fused and 2 * len(numbers) >= length
+        if fuse:
+            numbers = numbers + numbers[-1:] * (length - wanted)
+        direct = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        target = out[numbers[0] : numbers[-1] + 1] if direct else out.new_empty(len(numbers), *out.shape[1:])
+        self._pass(compiled if fuse else _as_it_is, kind, numbers, target)
+        if not direct:
+            out[numbers[:wanted]] = target[:wanted]
+
+    def _pass(self, run: Callable[[Pass], Pass], kind: Pass, numbers: list[int], out: Tensor) -> None:
+        jitter, flags = self.strengths.jitter[numbers], self.strengths.flags[numbers]
+        images, flags = self.cut.some(numbers, flags[:, 0].tolist()), flags[:, 1:]
+        if kind is not soft:
+            run(kind)(out, images, jitter, flags, self.mean, self.scale)
+            return
+        weights = self.strengths.weights[numbers]
+        if run is _as_it_is:
+            weights = weights[:, : int((weights > 0).sum(dim=1).max())]
+        colored = torch.empty_like(out)
+        run(colors)(colored, images, jitter, flags)
+        padded = _reflected(colored, weights.shape[1] - 1, self.cut.side)
+        run(soft)(out, padded, weights, flags, self.mean, self.scale)
+
+
+def _as_it_is(function: Pass) -> Pass:
+    return function
+
+
+def _pieces(kind: Pass, chosen: Tensor, length: int) -> list[tuple[Pass, list[int]]]:
+    """Numbers of the chosen views, `length` at a time."""
+    numbers = chosen.nonzero()[:, 0].tolist()
+    return [(kind, numbers[start : start + length]) for start in range(0, len(numbers), length)]
+
+
+def _reflected(images: Tensor, radius: int, side: int) -> Tensor:
+    """Continued on all sides, as often as it takes."""
+    if radius < side:
+        return F.pad(images, [radius] * 4, mode="reflect")
+    places = torch.arange(-radius, side + radius)
+    if side > 1:
+        places = places.remainder(2 * (side - 1))
+        places = torch.minimum(places, 2 * (side - 1) - places)
+    else:
+        places = torch.zeros_like(places)
+    return images[:, :, places][:, :, :, places]
+
+
 @torch.library.custom_op("headwater::crop_each", mutates_args=())
 def crop_each(images: Tensor, boxes: Tensor, side: int, interpolation: str) -> Tensor:
-    """Cut each box and resize it, antialiased, rounding to bytes as Pillow does; for where nothing is compiled.
+    """Cut each box and resize it, antialiased, rounding to bytes as Pillow does.
 
     Args:
         images: uint8 (b, 3, h, w) on the CPU.
@@ -156,20 +236,14 @@ def _(images: Tensor, boxes: Tensor, side: int, interpolation: str) -> Tensor:
 def _resized(image: Tensor, box: list[int], side: int, interpolation: str) -> Tensor:
     """One picture's box as uint8 (3, side, side), channels last in memory."""
     top, left, height, width = box
-    native = library()
-    if native is None:
-        cut = image[:, top : top + height, left : left + width][None].contiguous(memory_format=torch.channels_last)
-    else:
-        pixels = torch.empty(1, height, width, 3, dtype=torch.uint8)
-        native.headwater_cut(image.data_ptr(), *image.stride(), (ctypes.c_int64 * 4)(*box), pixels.data_ptr())
-        cut = pixels.permute(0, 3, 1, 2)
+    cut = image[:, top : top + height, left : left + width][None].contiguous(memory_format=torch.channels_last)
     if (height, width) == (side, side):
         return cut[0]
     return F.interpolate(cut, (side, side), mode=interpolation, antialias=True)[0]
 
 
 def _shared_out(count: int, some: Callable[[int, int], None]) -> None:
-    """Run `some(start, stop)` over all samples, on as many threads as torch uses."""
+    """Run `some(start, stop)` over all of `count`, on as many threads as torch uses."""
     threads = min(torch.get_num_threads(), count)
     if threads <= 1:
         return some(0, count)
@@ -180,5 +254,15 @@ def _shared_out(count: int, some: Callable[[int, int], None]) -> None:
 
 @cache
 def _threads(process: int, count: int) -> ThreadPoolExecutor:
-    """Threads do not survive a fork, so each process has its own."""
-    return ThreadPoolExecutor(count, thread_name_prefix="views")
+    """Threads that take all of torch's work on themselves; they do not survive a fork, so each process has its own."""
+    started, before = Barrier(count), torch.get_num_threads()
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # the first question would set it anew
+        started.wait()
+
+    pool = ThreadPoolExecutor(count, thread_name_prefix="views", initializer=alone)
+    list(pool.map(int, range(count)))
+    torch.set_num_threads(before)  # the threads' calls reach what a process has once
+    return pool

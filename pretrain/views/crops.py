@@ -17,8 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data.keyed import uniform
-from pretrain.views.cpu import Strengths, crop_each, large, views_each
-from pretrain.views.native import compiled
+from pretrain.views.cpu import crop_each, large
 
 Interpolation = Literal["bilinear", "bicubic"]
 _ATTEMPTS = 10
@@ -100,8 +99,8 @@ def crop_resize(
         float32 (b, 3, size, size) in [0, 1].
     """
     if large(images):
-        mirrored = flip if flip is not None else torch.zeros(len(boxes), dtype=torch.bool)
-        return _crop_each(images, boxes, size, mirrored, interpolation)
+        view = crop_each(images, boxes, size, interpolation)
+        return (view if flip is None else torch.where(flip[:, None, None, None], view.flip(3), view)) / 255.0
     channels, height, width = images.shape[1:]
     top, left, box_height, box_width = boxes.unbind(dim=1)
     down = _resampling(top, box_height, size, height, interpolation)
@@ -113,13 +112,6 @@ def crop_resize(
     with torch.autocast(images.device.type, enabled=False):
         pixels = rearrange(pixels @ across.mT, "b (c h) w -> b c h w", c=channels)
         return ((down[:, None] @ pixels) / 255.0).clamp(0.0, 1.0)
-
-
-def _crop_each(images: Tensor, boxes: Tensor, size: int, flip: Tensor, interpolation: Interpolation) -> Tensor:
-    if compiled():
-        return views_each(images, boxes[None], Strengths.only_flip(flip[None]), size, interpolation)[0]
-    view = crop_each(images, boxes, size, interpolation)
-    return torch.where(flip[:, None, None, None], view.flip(3), view) / 255.0
 
 
 def _resampling(start: Tensor, length: Tensor, size: int, canvas: int, interpolation: Interpolation) -> Tensor:

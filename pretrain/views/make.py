@@ -10,19 +10,11 @@ from torch import Tensor
 from data.batch import ImageBatch
 from data.keyed import uniform
 from pretrain.kernels import kernels
-from pretrain.views.blur import blur_radius, gaussian_blur, gaussian_weights
-from pretrain.views.color import (
-    adjust_brightness,
-    adjust_contrast,
-    adjust_hue,
-    adjust_saturation,
-    solarize,
-    to_grey,
-)
+from pretrain.views.blur import gaussian_blur, taps
+from pretrain.views.color import jitter, planes_of, solarize, to_grey
 from pretrain.views.config import Presentation, ViewConfig, ViewsConfig
 from pretrain.views.cpu import Strengths, large, views_each
 from pretrain.views.crops import BOX_NUMBERS, boxes_of, crop_resize, normalize
-from pretrain.views.native import compiled
 
 _NUMBERS = BOX_NUMBERS + 10
 """Uniform numbers drawn for a view, in one go for all views: see `draw`."""
@@ -96,22 +88,21 @@ def render(images: Tensor, views: list[tuple[ViewConfig, Drawn]], side: int, pre
     """Views of one size: crop and flip, jitter (brightness, contrast, saturation, hue), grey, blur, solarise,
     normalise; float32 (views, b, 3, side, side) from uint8 (b, 3, height, width).
 
-    On a CPU with a C compiler the work is done picture by picture in compiled code (`cpu.py`), elsewhere on the
-    whole batch in torch; both follow the same formulas, and agree to 1e-5 behind the same crop.
+    On a CPU the work is done a few pictures at a time (`cpu.py`), elsewhere on the whole batch; both follow the
+    same formulas, and agree to 1e-5 behind the same crop.
     """
-    if kernels(images.device) == "cpu" and compiled():
+    if kernels(images.device) == "cpu":
         return _render_each(images, views, side, presentation)
     return torch.stack([_render(images, drawn, kind, side, presentation) for kind, drawn in views])
 
 
 def _render(images: Tensor, drawn: Drawn, kind: ViewConfig, side: int, presentation: Presentation) -> Tensor:
-    view = crop_resize(images, drawn.boxes, side, drawn.flip, presentation.interpolation)
+    planes = planes_of(crop_resize(images, drawn.boxes, side, drawn.flip, presentation.interpolation))
     if kind.jitter is not None:
-        brightness, contrast, saturation, hue = drawn.jitter.unbind(dim=1)
-        view = adjust_saturation(adjust_contrast(adjust_brightness(view, brightness), contrast), saturation)
-        view = adjust_hue(view, hue)
+        planes = jitter(planes, drawn.jitter)
     if kind.grey:
-        view = to_grey(view, drawn.grey)
+        planes = to_grey(planes, drawn.grey)
+    view = torch.stack(planes, dim=1)
     if kind.blur is not None:
         view = gaussian_blur(view, drawn.sigma, kind.blur.sigma[1])
     if kind.solarize:
@@ -127,13 +118,13 @@ def _render_each(
     if not large(images):
         images = torch.stack([crop_resize(images, d.boxes, side, d.flip, presentation.interpolation) for d in drawn])
         flip = torch.zeros_like(flip)
-    radius = max(0 if kind.blur is None else blur_radius(kind.blur.sigma[1]) for kind, _ in views)
+    largest = max(0.0 if kind.blur is None else kind.blur.sigma[1] for kind, _ in views)
     strengths = Strengths(
         jitter=torch.stack([d.jitter for d in drawn]),
         flags=torch.stack(
             [flip, torch.stack([d.grey for d in drawn]), torch.stack([d.solarize for d in drawn])], dim=-1
         ),
-        weights=torch.stack([gaussian_weights(d.sigma, radius) for d in drawn]),
+        weights=torch.stack([taps(d.sigma, largest) for d in drawn]),
     )
     boxes = torch.stack([d.boxes for d in drawn])
     mean, std = presentation.mean, presentation.std
