@@ -74,6 +74,9 @@ class TrainConfig(BaseModel):
     cannot change what is trained."""
     compile: bool = False
     """torch.compile the objective."""
+    compile_views: bool | None = None
+    """torch.compile what makes views on a CPU, which takes ten seconds or more for each size of view and a C++
+    compiler; null for where that pays: runs over billions of pixels. Changes no bit of a view."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (a CPU run is exact without it)."""
     skips: int = Field(default=20, ge=0)
@@ -161,10 +164,12 @@ class RunRecipe(BaseModel):
         """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
 
         How the global batch is split does not count, nor how the same sums are computed (`compile`,
-        `deterministic`, `shard`), which changes their rounding alone.
+        `deterministic`, `shard`), which changes their rounding alone; `compile_views` does not change even that.
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
-        for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch", "shard", "compile", "deterministic"):
+        for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch"):
+            del whole["train"][how]
+        for how in ("shard", "compile", "compile_views", "deterministic"):
             del whole["train"][how]
         return whole
 

@@ -26,6 +26,9 @@ LARGE = 64
 PIECE = 2**16
 """Pixels that a pass goes over at a time, about: with its planes they stay in the cache."""
 
+_MET: set[tuple[Pass, int, bool, int, bool]] = set()
+"""Kinds of pieces that have been made compiled."""
+
 
 def large(images: Tensor) -> bool:
     """Whether these canvases (b, 3, h, w) are cropped picture by picture."""
@@ -151,7 +154,9 @@ class _Pieces:
                     self._make(kind, numbers, length, out)
 
         for number, (kind, numbers) in enumerate(pieces):
-            if self.fused and (kind, len(numbers)) not in [(k, len(n)) for k, n in pieces[:number]]:
+            what = (kind, length, 2 * len(numbers) >= length, self.cut.side, self.cut.boxes is None)
+            if self.fused and what not in _MET:
+                _MET.add(what)
                 make(number, number + 1)  # compiled by one thread, before the others need it
         _shared_out(len(pieces), make)
         return out
