@@ -96,7 +96,7 @@ class Settings(BaseModel):
     microbatch: int | None = Field(None, ge=1)
     """All that train the encoder: most samples that a process holds at once; the rest of its share is accumulated."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """All that train the encoder, with an output: steps between two checkpoints; a tenth of them all where not given."""
+    """All that train the encoder, with an output: steps between two checkpoints; a tenth of all where not given."""
 
     @property
     def augmentation(self) -> Augmentation | None:
