@@ -40,8 +40,8 @@ class TuningRecipe(RunRecipe):
 
     settings: dict[str, Any]
     """Of the strategy; see `finetune.settings`."""
-    start: str | None = None
-    """Digest of the weights that training begins from; only a run with a folder has one."""
+    encoder_weights: str | None = None
+    """Digest of those that training begins from; only a run with a folder has one."""
 
 
 def steps_for(samples: int, settings: Settings) -> int:
@@ -101,7 +101,7 @@ def _recipe(
         ),
         watch=WatchConfig(checkpoint_every=settings.checkpoint_every or max(1, steps // 10)),
         settings=settings.model_dump(mode="json", exclude=_HOW),
-        start=weights_digest(objective.learner) if digest else None,
+        encoder_weights=weights_digest(objective.learner.encoder) if digest else None,
     )
 
 

@@ -222,7 +222,7 @@ def test_stochastic_depth_follows_the_keys_and_leaves_no_trace(encoder: Encoder,
         depth.draw(keys[:8])
         assert_close(own(batch[:8]), dropped[:8])  # whatever else is in the batch
         changed = (dropped - plain).abs().amax(dim=1) > 1e-6
-        assert 0 < int(changed.sum())
+        assert int(changed.sum()) > 0
         assert_close(own.eval()(batch), plain)
         depth.remove()
         assert_close(own.train()(batch), plain)
@@ -259,7 +259,9 @@ def test_options_that_do_not_fit_are_refused(encoder: Encoder, samples: Samples,
 
 
 def command(export: Path, shards: tuple[Path, Path], output: Path, *words: str) -> subprocess.Popen[str]:
-    settings = [f"{name}={value}" for name, value in (QUICK | ALL_ON | {"min_steps": 60, "checkpoint_every": 5}).items()]
+    settings = [
+        f"{name}={value}" for name, value in (QUICK | ALL_ON | {"min_steps": 60, "checkpoint_every": 5}).items()
+    ]
     line = [sys.executable, "-m", "launch.cli", "finetune", str(export), str(shards[0]), "--test", str(shards[1])]
     line += ["--strategy", "full", "--labels-per-class", "8", "--output", str(output), *words, *settings]
     return subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
