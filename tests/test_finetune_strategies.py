@@ -13,11 +13,12 @@ from test_finetune_kit import NAMES, digits, sentences, write_images, write_tsv
 from data.errors import UserError
 from finetune.controls import RawPixels
 from finetune.encoder import Encoder, load_encoder
+from finetune.evaluation import evaluate
 from finetune.features import accelerator_for, extract
 from finetune.model import load_model
 from finetune.probe import fit_linear
 from finetune.rates import candidates, pretraining_rate
-from finetune.run import evaluate, finetune
+from finetune.run import finetune
 from finetune.settings import STRATEGIES, Settings, Strategy, settings_from
 from finetune.strategies import WAYS, fit_trained
 from finetune.targets import Classification
@@ -25,6 +26,7 @@ from finetune.tasks import load_task, load_test
 from finetune.train import Training
 from finetune.trained_head import fit_head
 from finetune.unfreezing import layers_in_training, unfreezing
+from launch.task_commands import STRATEGIES as OF_THE_COMMAND_LINE
 from pretrain.recipe_file import load_recipe
 
 pytest_plugins = ["test_finetune_kit"]
@@ -38,7 +40,7 @@ def _silent(_: str) -> None:
 
 def test_strategies_stand_cheap_to_dear() -> None:
     order = ("knn", "linear", "frozen", "lora", "dora", "lp-ft", "gradual", "full", "scratch")
-    assert order == STRATEGIES
+    assert order == STRATEGIES == OF_THE_COMMAND_LINE
     assert tuple(WAYS) == STRATEGIES[3:]
 
 
