@@ -100,7 +100,10 @@ def settings_of(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise UserError(f"{pair!r} is no setting; write key=value, such as epochs=10")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError:  # such as a regular expression that begins with a bracket or an asterisk
+            settings[key] = value
     return settings
 
 

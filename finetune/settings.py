@@ -17,7 +17,10 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Settings(BaseModel):
-    """Settings of all strategies; each reads its own."""
+    """Settings of all strategies; each reads its own.
+
+    *Trained* are the encoders of lora and all strategies after it; *stepped*, these and the head of frozen.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -57,46 +60,46 @@ class Settings(BaseModel):
     """gradual: share of the steps after which every layer trains (Howard and Ruder 2018)."""
 
     lr: float | None = Field(None, gt=0)
-    """All that train by steps: peak learning rate of the head and, scaled down by depth, of the encoder.
+    """stepped: peak learning rate of the head and, scaled down by depth, of the encoder.
     Where not given, the best of a few on an inner split of the training labels (see `finetune.rates`)."""
     layer_decay: float = Field(0.75, gt=0, le=1)
     """full, lp-ft, gradual: each layer learns this much slower than the one above it (BEiT, MAE appendix A.1)."""
     weight_decay: float = Field(0.05, ge=0)
-    """All that train by steps: AdamW's, on matrices only."""
+    """stepped: AdamW's, on matrices only."""
     batch_size: int = Field(32, ge=1)
-    """All that train by steps: samples a step."""
+    """stepped: samples a step."""
     epochs: float = Field(5.0, gt=0)
-    """All that train by steps: passes over the labels, where that is more than `min_steps` steps."""
+    """stepped: passes over the labels, where that is more than `min_steps` steps."""
     min_steps: int = Field(300, ge=1)
-    """All that train by steps: few labels need many passes (Mosbach et al. 2021, section 6)."""
+    """stepped: few labels need many passes (Mosbach et al. 2021, section 6)."""
     warmup: float = Field(0.1, ge=0, lt=1)
-    """All that train by steps: share of the steps over which the learning rate rises."""
+    """stepped: share of the steps over which the learning rate rises."""
     clip: float = Field(1.0, gt=0)
-    """All that train by steps: largest norm of the gradient."""
+    """stepped: largest norm of the gradient."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """All that train by steps: probability taken from the true class and spread over all."""
+    """stepped: probability taken from the true class and spread over all."""
     crop: tuple[float, float] | None = (0.6, 1.0)
-    """All that train the encoder, on images: least and largest share of the picture in a random crop; none without."""
+    """trained, images: least and largest share of the picture in a random crop; none without."""
     flip: float = Field(0.0, ge=0, le=1)
-    """All that train the encoder, on images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
+    """trained, images: share mirrored; 0.5 suits natural pictures, not digits or signs."""
     mixup: float = Field(0.0, ge=0, le=1)
-    """All that train the encoder, on images: both parameters of mixup's Beta distribution (Zhang et al. 2018); or 0."""
+    """trained, images: both parameters of mixup's Beta distribution (Zhang et al. 2018); 0 for none."""
     cutmix: float = Field(0.0, ge=0, le=1)
-    """All that train the encoder, on images: the same of CutMix (Yun et al. 2019); with both on, each pair gets one."""
+    """trained, images: the same of CutMix (Yun et al. 2019); one of the two a pair where both are on."""
     drop_path: float | None = Field(None, ge=0, lt=1)
-    """All that train the encoder: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
+    """trained: share of samples that skip the last block, the lower ones less (Huang et al. 2016).
     Where not given, what the encoder was pre-trained with."""
     balance: bool = False
-    """All that train the encoder: let every class count alike in the loss, whatever its share of the labels."""
+    """trained: let every class count alike in the loss, whatever its share of the labels."""
     ema: float | None = Field(None, ge=0, lt=1)
-    """All that train the encoder: momentum of an average of the weights, which is then the model; none without."""
+    """trained: momentum of an average of the weights, which is then the model; none without."""
     patience: int | None = Field(None, ge=1)
-    """All that train the encoder: hold out a quarter of the labels, look at it ten times, keep the best state, and stop
-    after so many looks without a better one. Without it all labels train, to the last step."""
+    """trained: hold out a quarter of the labels, look at it ten times, keep the best state, and stop after so
+    many looks without a better one. Without it all labels train, to the last step."""
     microbatch: int | None = Field(None, ge=1)
-    """All that train the encoder: most samples that a process holds at once; the rest of its share is accumulated."""
+    """trained: most samples that a process holds at once; the rest of its share is accumulated."""
     checkpoint_every: int | None = Field(None, ge=1)
-    """All that train the encoder, with an output: steps between two checkpoints; a tenth of all where not given."""
+    """trained, with an output: steps between two checkpoints; a tenth of the steps where not given."""
 
     @property
     def augmentation(self) -> Augmentation | None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from data.errors import UserError
 from data.keyed import hash64
 from finetune.heads import LinearHead, MLPHead
+from finetune.job import steps_for
+from finetune.loader import keyed_order
 from finetune.settings import Settings
 from finetune.splits import folds
 from finetune.targets import Target
@@ -49,7 +51,7 @@ def fit_head(
     head = _train(features, truth, target, seed, settings, width, rate)
     if not all(bool(parameter.isfinite().all()) for parameter in head.parameters()):
         raise UserError(f"the head diverged at a learning rate of {rate:g}; set a lower one (lr=…)")
-    chosen: dict[str, Any] = {"hidden": width, "lr": rate, "steps": _steps(len(features), settings)}
+    chosen: dict[str, Any] = {"hidden": width, "lr": rate, "steps": steps_for(len(features), settings)}
     if trials:
         named = {f"hidden {width}, lr {rate:g}": merit for (width, rate), (merit, _) in trials.items()}
         chosen[f"inner_{target.merit}"] = named
@@ -101,7 +103,7 @@ def _train(
     vectors = [parameter for parameter in head.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate)
-    steps = _steps(len(features), settings)
+    steps = steps_for(len(features), settings)
     for step, positions in enumerate(_batches(len(features), steps, settings.batch_size, seed)):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine((step + 0.5) / steps, rate, settings.warmup)
@@ -113,12 +115,8 @@ def _train(
     return head.eval()
 
 
-def _steps(samples: int, settings: Settings) -> int:
-    return max(settings.min_steps, math.ceil(settings.epochs * samples / settings.batch_size))
-
-
 def _batches(samples: int, steps: int, size: int, seed: int) -> tuple[Tensor, ...]:
     """Positions of each step's samples: every epoch in an order of its own."""
     epochs = math.ceil(steps * size / samples)
-    orders = [np.argsort(hash64(seed, epoch, np.arange(samples)), kind="stable") for epoch in range(epochs)]
+    orders = [keyed_order(samples, seed, epoch) for epoch in range(epochs)]
     return torch.from_numpy(np.concatenate(orders)[: steps * size]).split(size)

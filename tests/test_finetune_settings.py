@@ -1,9 +1,9 @@
 """Settings: as they come from a command line, and what a mistake is answered with."""
 
 import pytest
-import yaml
 
 from data.errors import UserError
+from finetune.__main__ import settings_of
 from finetune.settings import settings_from
 from finetune.strategies import strategy_from
 
@@ -11,7 +11,7 @@ from finetune.strategies import strategy_from
 @pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
 def test_every_precision_can_be_written_on_a_command_line(word: str) -> None:
     # YAML 1.1 reads `no` as False.
-    assert settings_from({"precision": yaml.safe_load(word)}).precision == word
+    assert settings_from(settings_of([f"precision={word}"])).precision == word
 
 
 def test_a_precision_that_is_none_is_refused() -> None:
@@ -30,3 +30,10 @@ def test_an_unknown_setting_names_the_nearest(wrong: str, near: str) -> None:
 def test_an_unknown_strategy_names_the_nearest(wrong: str, near: str) -> None:
     with pytest.raises(UserError, match=f"no strategy '{wrong}'; did you mean '{near}'"):
         strategy_from(wrong)
+
+
+@pytest.mark.parametrize("pattern", [r".*\.qkv", "[ab]*", "*", r"blocks\.[0-5]\.(attn|mlp)\..*", "a: b: c"])
+def test_regular_expressions_reach_their_setting_as_they_are(pattern: str) -> None:
+    if pattern == "[ab]*":  # valid YAML would have been a list
+        assert settings_of([f"target_modules={pattern}"]) == {"target_modules": pattern}
+    assert settings_from(settings_of([f"target_modules={pattern}"])).target_modules == pattern

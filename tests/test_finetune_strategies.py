@@ -11,13 +11,13 @@ import torch
 from test_finetune_kit import NAMES, digits, sentences, write_images, write_tsv
 
 from data.errors import UserError
+from finetune.__main__ import STRATEGIES as OF_THE_COMMAND_LINE
 from finetune.controls import RawPixels
 from finetune.encoder import Encoder, load_encoder
 from finetune.evaluation import evaluate
 from finetune.features import accelerator_for, extract
 from finetune.model import load_model
 from finetune.probe import fit_linear
-from finetune.rates import candidates, pretraining_rate
 from finetune.run import finetune
 from finetune.settings import STRATEGIES, Settings, Strategy, settings_from
 from finetune.strategies import WAYS, fit_trained
@@ -26,7 +26,6 @@ from finetune.tasks import load_task, load_test
 from finetune.train import Training
 from finetune.trained_head import fit_head
 from finetune.unfreezing import layers_in_training, unfreezing
-from launch.task_commands import STRATEGIES as OF_THE_COMMAND_LINE
 from pretrain.recipe_file import load_recipe
 
 pytest_plugins = ["test_finetune_kit"]
@@ -40,7 +39,7 @@ def _silent(_: str) -> None:
 
 def test_strategies_stand_cheap_to_dear() -> None:
     order = ("knn", "linear", "frozen", "lora", "dora", "lp-ft", "gradual", "full", "scratch")
-    assert order == STRATEGIES == OF_THE_COMMAND_LINE
+    assert order == STRATEGIES == tuple(OF_THE_COMMAND_LINE)
     assert tuple(WAYS) == STRATEGIES[3:]
 
 
@@ -154,18 +153,17 @@ def test_gradual_moves_only_what_has_thawed(export: Path, digit_shards: tuple[Pa
             assert torch.equal(state[name], first[name]) == (progress - 0.05 < joins), (name, progress)
 
 
-def test_rates_come_from_the_pre_training_where_the_export_says_it(export: Path) -> None:
-    encoder = load_encoder(export)
-    assert candidates("full", encoder) == (1e-4, 5e-4, 2.5e-3)
-    recipe = load_recipe("mae_cifar10", ["optimizer.lr=1e-3", "optimizer.lr_scaling=none"])
-    encoder.info = {"recipe": recipe.model_dump(mode="json")}
-    assert candidates("full", encoder) == (1e-4, 3e-4, 1e-3)
-    assert candidates("lora", encoder) == (3e-4, 1e-3, 3e-3)
-    assert candidates("scratch", encoder) == (3e-4, 1e-3, 3e-3)
-    for name, rate in (("byol_cifar10", None), ("next_token_small", load_recipe("next_token_small").optimizer.lr)):
-        known = load_recipe(name)
-        assert pretraining_rate({"recipe": known.model_dump(mode="json")}) == rate
-    assert pretraining_rate({"recipe": {"of": "another version"}}) is None
+def test_rates_come_from_the_pre_training_where_the_export_says_it() -> None:
+    assert WAYS["full"].rates({}) == (1e-4, 5e-4, 2.5e-3)
+    recipe = load_recipe("mae_cifar10", ["optimizer.lr=3e-3", "optimizer.lr_scaling=none"])
+    info = {"recipe": recipe.model_dump(mode="json")}
+    assert WAYS["full"].rates(info) == pytest.approx((3e-4, 1e-3, 3e-3))
+    assert WAYS["lp-ft"].rates(info) == WAYS["gradual"].rates(info) == WAYS["full"].rates(info)
+    assert WAYS["lora"].rates(info) == WAYS["dora"].rates(info) == pytest.approx((1e-3, 3e-3, 9e-3))
+    assert WAYS["scratch"].rates(info) == WAYS["scratch"].rates({}) == (3e-4, 1e-3, 3e-3)
+    # SGD's rates are no measure for AdamW's.
+    other = {"recipe": load_recipe("byol_cifar10").model_dump(mode="json")}
+    assert WAYS["lora"].rates(other) == WAYS["lora"].rates({})
 
 
 def test_a_trained_head_needs_its_hidden_layer_where_classes_are_no_half_spaces() -> None:
