@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,12 @@ def _evaluate(sub: argparse._SubParsersAction) -> None:
 def _predict(sub: argparse._SubParsersAction) -> None:
     parser = _command(sub, "predict", predict, "labels for new files from a saved task model")
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
-    parser.add_argument("inputs", nargs="+", metavar="input", help="files, folders, texts, or - for standard input")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv or .jsonl instead of printing")
+    help = "pictures, folders, shards, patterns; texts, text files, tables; or - for standard input"
+    parser.add_argument("inputs", nargs="+", metavar="input", help=help)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv, .tsv or .jsonl instead of printing")
+    parser.add_argument("--format", choices=["csv", "tsv", "jsonl"], help="instead of the one that FILE's ending names")
+    parser.add_argument("--top", type=int, default=1, metavar="K", help="likeliest classes told of each input (1)")
+    parser.add_argument("--column", metavar="NAME", help="column of tables that holds the text")
 
 
 def finetune(arguments: argparse.Namespace) -> int:
@@ -106,20 +109,24 @@ def _classes(table: list[dict[str, Any]], most: int = 100) -> list[str]:
 def predict(arguments: argparse.Namespace) -> int:
     """`headwater predict`: exit status 1 when some inputs could not be read."""
     from finetune.ensemble import load_any
-    from finetune.predict import predict, write_rows
+    from finetune.predict import Skipped, stream
+    from finetune.prediction_output import written_rows
 
-    found = predict(load_any(arguments.model), arguments.inputs)
+    rows, skipped = 0, 0
+    with written_rows(arguments.output, arguments.format) as write:
+        model = load_any(arguments.model)
+        for row in stream(model, arguments.inputs, top=arguments.top, column=arguments.column):
+            if isinstance(row, Skipped):
+                skipped += 1
+                to_stderr(f"unreadable: {row.input}: {row.reason}")
+            else:
+                rows += 1
+                write(row)
     if arguments.output:
-        write_rows(found, arguments.output)
-        print(f"{len(found.rows):,} predictions in {arguments.output}")
-    else:
-        for row in found.rows:
-            print(f"{row.input}\t{row.label}\t{row.probability:.4f}")
-    if found.skipped:
-        print(f"left out {len(found.skipped)} unreadable:", file=sys.stderr)
-        for name, reason in found.skipped:
-            print(f"  {name}: {reason}", file=sys.stderr)
-    return 1 if found.skipped else 0
+        print(f"{rows:,} predictions in {arguments.output}")
+    if skipped:
+        to_stderr(f"left out {skipped} unreadable")
+    return 1 if skipped else 0
 
 
 def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:

@@ -104,7 +104,7 @@ def test_new_pictures_are_labelled_and_unreadable_ones_counted(
     assert len(lines) == 1 + len(known) == 1 + len((tmp_path / "rows.jsonl").read_text().splitlines())
     with pytest.raises(UserError, match="does not exist"):
         predict(load_model(tmp_path / "m"), [tmp_path / "nowhere.png"])
-    with pytest.raises(UserError, match=r"\.csv or \.jsonl"):
+    with pytest.raises(UserError, match=r"\.csv, \.tsv or \.jsonl"):
         write_rows(found, tmp_path / "rows.xml")
 
 
