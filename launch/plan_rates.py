@@ -79,7 +79,10 @@ class Measured:
             if each.kind == "other":
                 memory += times * each.bytes / _at(self.curves["other", False], each.bytes)
             else:
-                compute += times * each.flops / _at(self.curves[each.kind, each.half], each.flops)
+                arithmetic = each.flops / _at(self.curves[each.kind, each.half], each.flops)
+                traffic = each.bytes / _at(self.curves["other", False], each.bytes)
+                compute += times * arithmetic if arithmetic > traffic else 0.0
+                memory += times * traffic if traffic >= arithmetic else 0.0
         return Seconds(compute, memory, self.overhead * sum(work.values()))
 
 
@@ -91,7 +94,7 @@ def measure_cpu() -> Measured:
         curves["matmul", half] = [_product(side, dtype) for side in (32, 128, 512)]
         curves["attention", half] = [_attention(batch, dtype) for batch in (2, 64)]
         curves["convolution", half] = [_convolution(b, dtype) for b in (2, 32)]
-    curves["other", False] = [_elementwise(rows) for rows in (16, 1024, 65536)]
+    curves["other", False] = [_elementwise(rows) for rows in (16, 1024, 8192, 49152, 81920)]
     tiny = torch.zeros(4)
     return Measured(curves, fastest(lambda: tiny + tiny))
 
@@ -115,7 +118,10 @@ def _convolution(batch: int, dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _elementwise(rows: int) -> tuple[float, float]:
-    """Of what lies between matrix products: a sum, a copy, a norm and an activation, each reading and writing once."""
+    """Of what lies between matrix products: a sum, a copy, a norm and an activation, each reading and writing once.
+
+    The largest are beyond 32 MiB, from where the C library asks the system for fresh memory each time.
+    """
     x, gain = torch.randn(rows, 128), torch.ones(128)
     basket: list[Callable[[], Tensor]] = [
         lambda: x + 1.0,
@@ -128,13 +134,17 @@ def _elementwise(rows: int) -> tuple[float, float]:
 
 
 def fastest(run: Callable[[], object], seconds: float = 0.05) -> float:
-    """Seconds of the fastest of the runs that fit into `seconds`, at least two after one to warm up."""
+    """Seconds of the fastest of the runs that fit into `seconds`, at least two after one to warm up.
+
+    With one thread it is the processor's time, which other programs do not lengthen.
+    """
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     run()
     best, end, runs = math.inf, time.perf_counter() + seconds, 0
     while runs < 2 or time.perf_counter() < end:
-        began = time.perf_counter()
+        began = clock()
         run()
-        best, runs = min(best, time.perf_counter() - began), runs + 1
+        best, runs = min(best, clock() - began), runs + 1
     return best
 
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data.batch import ImageBatch, TextBatch
 from data.keyed import sample_keys
+from pretrain.activations import recompute
 from pretrain.build import build_objective
 from pretrain.ema import start_average, update_average
 from pretrain.kernels import counted_for
@@ -75,6 +76,8 @@ def count_step(recipe: Recipe, microbatch: int, accumulation: int, device: Liter
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     objective = shapes_of(recipe, fake)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None
+    if recipe.train.recompute:
+        recompute(objective)
     ledger = Ledger(fake)
     held = [p for p in objective.parameters() if p.requires_grad]
     with counted_for(device), ledger.gradients_of(held):

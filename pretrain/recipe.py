@@ -72,6 +72,9 @@ class TrainConfig(BaseModel):
     shard: bool = False
     """Cut weights, gradients and optimiser state over the processes (FSDP2), for models that no device holds whole;
     cannot change what is trained."""
+    recompute: bool = False
+    """Keep only the inputs of the encoder's blocks and compute the rest again in the backward pass: far less memory
+    for about a third more arithmetic; cannot change what is trained."""
     compile: bool = False
     """torch.compile the objective."""
     compile_views: bool | None = None
@@ -169,7 +172,7 @@ class RunRecipe(BaseModel):
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
         for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch"):
             del whole["train"][how]
-        for how in ("shard", "compile", "compile_views", "deterministic"):
+        for how in ("shard", "recompute", "compile", "compile_views", "deterministic"):
             del whole["train"][how]
         return whole
 

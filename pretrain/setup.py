@@ -12,6 +12,7 @@ from data.errors import UserError
 from data.loader import Loader
 from data.resident import Resident, ResidentLoader
 from pretrain.accelerator import make_accelerator, place, wrap
+from pretrain.activations import recompute
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.continuation import take_over
 from pretrain.ema import start_average
@@ -58,6 +59,8 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     if accelerator.num_processes > 1:
         synchronise(objective)
     average = start_average(objective.exported()) if recipe.train.ema is not None else None
+    if recipe.train.recompute:
+        recompute(objective)
     for module in (objective, average):
         if module is not None:
             place(module, recipe, accelerator)

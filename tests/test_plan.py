@@ -176,3 +176,15 @@ def test_a_thousand_gpus_and_ten_billion_samples() -> None:
     found = plan(recipe, Cluster(gpus=1024, nodes=128), samples=10**10)
     assert found.samples_per_second > 100_000
     assert found.days > 1
+
+
+@pytest.mark.slow
+def test_predictions_hold_on_this_machine(digits: Path, sentences: Path, tmp_path: Path) -> None:
+    """Within a factor of two for seconds and for memory, of which an idle machine shows much less."""
+    from bench import plan as bench
+
+    text = tmp_path / "text"
+    text.symlink_to(sentences)
+    for row in bench.compare("", str(text), ["next_token_small"]):
+        for name in ("seconds", "bytes"):
+            assert 0.5 < row["predicted"][name] / row["measured"][name] < 2, (name, row)
