@@ -59,7 +59,7 @@ class Plan:
 
     strategy: str = "full"
     labels_per_class: int | None = None
-    seeds: int = 3
+    seeds: tuple[int, ...] = (0, 1, 2)
     lr_share: float = LR_SHARE
     steps: int | None = None
     recipe: tuple[str, ...] = ()
@@ -92,6 +92,8 @@ def adapt(
     """
     options, folder = settings_from(settings), Path(output).expanduser()
     strategy_from(plan.strategy)
+    if not plan.seeds:
+        raise UserError("adaptation is compared over one seed or more")
     source = Path(export).expanduser()
     recipe = recipe_for(source, target, plan)
     task = load_task(target.train, target.test, load_encoder(source, options.pooling))
@@ -105,7 +107,7 @@ def adapt(
         name: _models(name, encoder, target, plan, settings, folder, report)
         for name, encoder in (("plain", source), ("adapted", adapted))
     }
-    results: dict[str, Any] = {"format": FORMAT, "strategy": plan.strategy, "seeds": plan.seeds}
+    results: dict[str, Any] = {"format": FORMAT, "strategy": plan.strategy, "seeds": list(plan.seeds)}
     for name, each in correct.items():
         results[name] = {
             "accuracy": float(each.mean()),
@@ -153,7 +155,7 @@ def _models(
     """Whether each test item is right, bool (seeds, items), for models that are trained where they are not there."""
     options, rows = settings_from(settings), []
     task: Task | None = None
-    for seed in range(plan.seeds):
+    for seed in plan.seeds:
         place = folder / name / f"seed{seed}"
         if not (place / "results.json").is_file():
             task = task or load_task(target.train, target.test, load_encoder(encoder, options.pooling))

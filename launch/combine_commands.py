@@ -254,7 +254,7 @@ def adapt(arguments: argparse.Namespace) -> int:
     plan = Plan(
         arguments.strategy,
         arguments.labels_per_class,
-        arguments.seeds,
+        tuple(range(arguments.seeds)),
         arguments.lr_share,
         arguments.steps,
         dotted,

@@ -36,7 +36,7 @@ def test_pictures_are_adapted_compared_and_resumed(
     source: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = Target(str(digits / "train"), str(digits / "train"), str(digits / "test"), str(digits / "test"))
-    plan = Plan("full", 5, 2, steps=6)
+    plan = Plan("full", 5, (0, 1), steps=6)
     whole = adapt(source, target, plan, tmp_path / "whole", report=_silent, **QUICK)
     assert read_about(tmp_path / "whole/pretraining/export")["step"] == 6
     assert {"source_loss", "validation_loss"} <= set(whole["pretraining"]["before"])
@@ -65,14 +65,14 @@ def test_pictures_are_adapted_compared_and_resumed(
     monkeypatch.setattr(room, "finetune", stopped)  # what is done is not done again
     assert adapt(source, target, plan, tmp_path / "parts", report=_silent, **QUICK)["lead"] == whole["lead"]
     with pytest.raises(UserError, match="another plan"):
-        adapt(source, target, Plan("full", 5, 3, steps=6), tmp_path / "parts", report=_silent, **QUICK)
+        adapt(source, target, Plan("full", 5, (0, 1, 2), steps=6), tmp_path / "parts", report=_silent, **QUICK)
 
 
 def test_text_goes_on_with_its_own_objective(sentences: Path, tmp_path: Path) -> None:
     export = train(recipe("masked_language", sentences, {"train.steps": 8}), tmp_path / "run")
     data = write_tsv(tmp_path / "train.tsv", *labelled(40, 1)), write_tsv(tmp_path / "test.tsv", *labelled(60, 2))
     target = Target(str(sentences), str(data[0]), str(data[1]), str(sentences))
-    plan = Plan("linear", None, 1, lr_share=0.25, recipe=("train.batch_size=4",))
+    plan = Plan("linear", None, (0,), lr_share=0.25, recipe=("train.batch_size=4",))
     results = adapt(export, target, plan, tmp_path / "out", report=_silent, cpu=True)
     used = results["pretraining"]["recipe"]
     assert (used["objective"]["name"], used["optimizer"]["lr"]) == ("masked_language", pytest.approx(5e-4))
@@ -85,7 +85,7 @@ def test_text_goes_on_with_its_own_objective(sentences: Path, tmp_path: Path) ->
 def test_before_is_the_export_itself(source: Path, digits: Path, tmp_path: Path) -> None:
     """A continuation that changes nothing forgets and gains nothing."""
     target = Target(str(digits / "train"), str(digits / "train"), str(digits / "test"), str(digits / "test"))
-    plan = Plan("linear", 5, 2, lr_share=1e-12, steps=2, recipe=("optimizer.weight_decay=0",))
+    plan = Plan("linear", 5, (0, 1), lr_share=1e-12, steps=2, recipe=("optimizer.weight_decay=0",))
     results = adapt(source, target, plan, tmp_path / "out", report=_silent, cpu=True)
     assert results["pretraining"]["after"] == pytest.approx(results["pretraining"]["before"], rel=1e-4)
     assert abs(results["lead"]["difference"]) < 0.01
