@@ -41,7 +41,7 @@ class MaskSamples(ImageSamples):
         count = len(source.names)
         super().__init__(source.pictures, np.arange(count), np.zeros(count, dtype=np.int64), canvas)
         self._masks = [shrunk(read_mask(source.masks, i, self._size(i)), canvas) for i in range(count)]
-        largest = [int(mask[mask != UNKNOWN].max(initial=-1)) for mask in self._masks]
+        largest = [int(mask[mask != UNKNOWN].max(initial=0)) for mask in self._masks]
         worst = int(np.argmax(largest))
         if target is None:
             names = source.classes or [str(number) for number in range(max(largest) + 1)]

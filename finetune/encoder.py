@@ -97,20 +97,26 @@ class Encoder(nn.Module, ABC):
 
 
 def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
-    """Open an export of ours, or a folder in timm's layout, with its trained weights.
+    """Open an export of ours, a folder in timm's or transformers' layout, or a model of timm's by its name.
 
     Args:
-        source: the folder.
-        pooling: of a text encoder's tokens: `mean` over the real ones (the default) or the `last` one.
+        source: the folder; or a name of timm's, whose weights come from timm's hub (`untrained:NAME` for
+            weights drawn with the seed 0).
+        pooling: of a text encoder's tokens: `mean` over the real ones or the `last` one; without a choice
+            `last` for decoders of transformers, `mean` for everything else.
 
     Raises:
-        UserError: the folder is missing, is no encoder, or its weights do not fit its architecture.
+        UserError: the folder is missing, is no encoder, or its weights do not fit its architecture; or the
+            hub cannot be reached.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        raise UserError(f"encoder {folder} is not a folder; give an export (`headwater export RUN OUT`)")
+        from finetune.timm_models import folder_of
+
+        folder = folder_of(str(source))
     config, info = _json(folder / "config.json"), _json(folder / "headwater" / "export.json", {})
-    if not (folder / "model.safetensors").is_file():
+    names = ("model.safetensors", "model.safetensors.index.json")
+    if not any((folder / name).is_file() for name in names):
         raise UserError(f"{folder} has no model.safetensors; only safetensors weights are read")
     for name, digest in info.get("files", {}).items():
         if name in ("config.json", "model.safetensors", "tokenizer.json") and sha256(folder / name) != digest:
@@ -122,10 +128,26 @@ def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
 
             return ImageEncoder.load(folder, info)
         if "model_type" in config:
-            from finetune.text_encoder import DocumentEncoder
-
-            return DocumentEncoder.load(folder, info, pooling or "mean")
+            return _text(folder, config, info, pooling)
     raise UserError(f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type")
+
+
+def _text(folder: Path, config: dict[str, Any], info: dict[str, Any], pooling: Pooling | None) -> Encoder:
+    """An export of ours, or a model of transformers."""
+    from finetune.text_encoder import DocumentEncoder
+    from finetune.transformers_text import TransformersText, is_vision
+
+    if is_vision(config):
+        raise UserError(
+            f"{folder} holds a {config['model_type']!r} model of transformers, for pictures; give it in timm's layout"
+        )
+    if str(config["model_type"]).startswith("modernbert"):
+        try:
+            return DocumentEncoder.load(folder, info, pooling or "mean")
+        except UserError:
+            if info or not (folder / "tokenizer_config.json").is_file():  # ours, or nothing that transformers reads
+                raise
+    return TransformersText.load(folder, info, pooling)
 
 
 def fresh(encoder: Encoder, seed: int) -> Encoder:

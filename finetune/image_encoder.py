@@ -43,7 +43,9 @@ class ImageEncoder(Encoder):
     def __init__(self, model: nn.Module, folder: Path, info: dict[str, Any]) -> None:
         super().__init__()
         self.model, self.folder, self.info = model, folder, info
-        self.features = int(model.num_features)  # type: ignore[arg-type]
+        # Some models (MobileNetV3, MambaOut) widen what they pool.
+        width: int = getattr(model, "head_hidden_size", model.num_features)  # type: ignore[arg-type]
+        self.features = int(width)
         preset: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
         self.mean: tuple[float, ...] = tuple(info.get("mean") or preset["mean"])
         self.std: tuple[float, ...] = tuple(info.get("std") or preset["std"])

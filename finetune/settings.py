@@ -31,8 +31,9 @@ class Settings(BaseModel):
     """Stay on the CPU where an accelerator is at hand."""
     inference_batch: int = Field(256, ge=1)
     """Samples a step when features are extracted."""
-    pooling: Pooling = "mean"
-    """Of a text encoder's tokens: their mean, or the last one, which alone has seen the whole text."""
+    pooling: Pooling | None = None
+    """Of a text encoder's tokens: their mean, or the last one, the only one of a decoder's to have seen the whole text.
+    Where not given, `last` for decoders of transformers, else `mean`."""
 
     k: int | None = Field(None, ge=1)
     """knn: neighbours that vote; chosen by leave-one-out on the training labels where not given."""

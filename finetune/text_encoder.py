@@ -43,6 +43,8 @@ class DocumentEncoder(Encoder):
         self.tokenizer = load(folder)
         marks = special_ids(self.tokenizer)
         self.bos, self.eos, self.pad = marks["bos"], marks["eos"], marks["pad"]
+        self.before, self.behind = [self.bos], [self.eos]
+        """Ids that stand before and behind every text."""
 
     @classmethod
     def load(cls, folder: Path, info: dict[str, Any], pooling: Pooling) -> Self:
@@ -57,9 +59,9 @@ class DocumentEncoder(Encoder):
 
     def tokenize(self, texts: list[str]) -> list[NDArray[np.int64]]:
         """Token ids of each text between begin and end marks, as in pre-training; cut at the context."""
-        room = self.context - 2
+        room = self._room
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [np.array([self.bos, *e.ids[:room], self.eos], dtype=np.int64) for e in encodings]
+        return [np.array([*self.before, *e.ids[:room], *self.behind], dtype=np.int64) for e in encodings]
 
     def tokenize_words(self, words: list[str]) -> list[tuple[NDArray[np.int64], list[int]]]:
         """Rows of token ids of words with spaces between them, cut between words where the context is full.
@@ -77,9 +79,14 @@ class DocumentEncoder(Encoder):
         inside = ends < starts[owner] + np.array([len(word) for word in words])[owner] if len(ends) else ends
         return [self._row(encoded.ids, owner, inside, first, last) for first, last in self._pieces(owner, len(words))]
 
+    @property
+    def _room(self) -> int:
+        """Tokens of a text that the context has room for."""
+        return self.context - len(self.before) - len(self.behind)
+
     def _pieces(self, owner: NDArray[np.int64], words: int) -> list[tuple[int, int]]:
         """Ranges of words whose tokens fit into the context (a single longer word is cut)."""
-        room, first, taken, found = self.context - 2, 0, 0, []
+        room, first, taken, found = self._room, 0, 0, []
         for word, tokens in enumerate(np.bincount(owner, minlength=words).tolist()):
             if taken and taken + tokens > room:
                 found.append((first, word))
@@ -90,10 +97,10 @@ class DocumentEncoder(Encoder):
     def _row(
         self, ids: list[int], owner: NDArray[np.int64], inside: NDArray[Any], first: int, last: int
     ) -> tuple[NDArray[np.int64], list[int]]:
-        here = np.flatnonzero((owner >= first) & (owner < last))[: self.context - 2]
-        row = np.array([self.bos, *(ids[i] for i in here), self.eos], dtype=np.int64)
+        here = np.flatnonzero((owner >= first) & (owner < last))[: self._room]
+        row = np.array([*self.before, *(ids[i] for i in here), *self.behind], dtype=np.int64)
         places = [-1] * (last - first)
-        for place, token in enumerate(here.tolist(), start=1):
+        for place, token in enumerate(here.tolist(), start=len(self.before)):
             word = int(owner[token]) - first
             if places[word] < 0 and inside[token]:
                 places[word] = place
@@ -102,7 +109,8 @@ class DocumentEncoder(Encoder):
     def batch(self, rows: list[NDArray[np.int64]], keys: Tensor, ids: Tensor) -> TextBatch:
         """Rows of token ids, padded on the right: documents are 0 on real tokens and 1 on padding."""
         # Few distinct lengths keep allocators and compilers calm.
-        length = -(-max(len(row) for row in rows) // 8) * 8
+        length = max(len(row) for row in rows)
+        length = max(length, min(-(-length // 8) * 8, self.context))
         tokens = torch.full((len(rows), length), self.pad)
         documents = torch.ones_like(tokens)
         for i, row in enumerate(rows):
