@@ -20,6 +20,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     slurm.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch: --sbatch=--qos=x")
     slurm.add_argument("--dry-run", action="store_true", help="check the recipe, print the script, submit nothing")
     slurm.add_argument("--follow", action="store_true", help="stay and pass on the job's log")
+    _shard(kinds)
     kubernetes = _kind(kinds, "kubernetes", run_kubernetes, "print Kubernetes manifests of a run")
     kubernetes.add_argument("--kind", choices=["job", "pytorchjob"], default="job", help="plain Job, or Kubeflow's")
     kubernetes.add_argument("--claim", default="headwater", help="volume claim for shards and runs")
@@ -45,6 +46,46 @@ def _kind(kinds: argparse._SubParsersAction, name: str, command: Any, text: str)
     parser.add_argument("--gpus", type=int, default=0, help="GPUs of each node (default: 0, train on CPUs)")
     parser.add_argument("--cpus", type=int, help="CPU cores of each node")
     return parser
+
+
+def _shard(kinds: argparse._SubParsersAction) -> None:
+    text = "write and submit a SLURM array that shards a dataset in parts and then joins them"
+    parser = kinds.add_parser("shard", help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(command=run_shard)
+    parser.add_argument("kind", choices=["images", "text"], help="as in headwater shard")
+    parser.add_argument("source", nargs="+", type=Path, help="folder of pictures, or text files and folders")
+    parser.add_argument("out", type=Path, help="folder to make, on a disk that all nodes share")
+    parser.add_argument("--parts", type=int, required=True, help="jobs that share the work")
+    parser.add_argument("--cpus", type=int, default=8, help="CPU cores of each job (default: 8)")
+    parser.add_argument("--time", default="12:00:00", help="time limit of each job (default: 12:00:00)")
+    parser.add_argument("--setup", action="append", default=[], metavar="LINE", help="shell line before each job")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="for sbatch: --sbatch=--qos=x")
+    parser.add_argument("--shard", action="append", default=[], metavar="OPTION", help="for headwater shard, likewise")
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write and submit nothing")
+
+
+def run_shard(arguments: argparse.Namespace) -> int:
+    """`headwater launch shard`."""
+    from data.errors import UserError
+    from launch import slurm_array
+
+    missing = [str(each) for each in arguments.source if not each.exists()]
+    if missing:
+        raise UserError(f"{', '.join(missing)} does not exist; give what is to be sharded")
+    out = arguments.out.resolve()
+    words = [arguments.kind, *(str(each.resolve()) for each in arguments.source), str(out), *arguments.shard]
+    array = slurm_array.Array(
+        out, words, arguments.parts, arguments.cpus, arguments.time, arguments.setup, arguments.sbatch
+    )
+    if arguments.dry_run:
+        for name, text in slurm_array.scripts(array).items():
+            print(f"# {array.folder / name}\n{text}")
+        return 0
+    parts, merge = slurm_array.submit(slurm_array.write(array))
+    print(
+        f"job {parts}: {array.parts} parts; job {merge} joins them\nlogs: {array.folder}\nnext: headwater inspect {out}"
+    )
+    return 0
 
 
 def run_slurm(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from data.errors import UserError
 from data.files import write_atomically
 from pretrain.exits import PEER_LOST, REQUEUE
 
-_TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
+TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
 _POLL_SECONDS = 5.0
 
 
@@ -218,5 +218,5 @@ def _check(job: Job) -> None:
     for name, value in {"--gpus": job.gpus, "--lead": job.lead, "--failures": job.failures}.items():
         if value < 0:
             raise UserError(f"{name} {value} is below 0")
-    if not _TIME.fullmatch(job.time):
+    if not TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time!r} is no time limit; write [days-]hours:minutes:seconds, such as 24:00:00")
