@@ -9,6 +9,7 @@ import pytest
 import torch
 from einops import rearrange
 from pretrain_kit import recipe
+from timm.models.vision_transformer import Block
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -19,6 +20,7 @@ from data.keyed import permutation
 from data.loader import Loader, sequential
 from pretrain.build import build_objective
 from pretrain.encoders.vision import VisionConfig
+from pretrain.objectives.last_block import LastBlock
 from pretrain.objectives.masked_image import MAEConfig, MaskedAutoencoder
 from pretrain.optim import build_optimizer
 
@@ -64,7 +66,11 @@ def reference_loss(objective: MaskedAutoencoder, batch: ImageBatch) -> Tensor:
     hidden = objective.patches - objective.visible
     full = torch.cat([encoded[:, prefix:], objective.mask_token.expand(len(tokens), hidden, -1)], dim=1)
     full = torch.stack([row[r] for row, r in zip(full, restore, strict=True)]) + positions
-    decoded = objective.decoder(torch.cat([encoded[:, :prefix], full], dim=1))
+    decoded = torch.cat([encoded[:, :prefix], full], dim=1)
+    for block in objective.decoder:  # the reference makes every token's output, in the last block too
+        whole = Block(objective.config.decoder_width, objective.config.decoder_heads, qkv_bias=True)
+        whole.load_state_dict(block.state_dict())
+        decoded = whole(decoded)
     predicted = objective.decoder_head(objective.decoder_norm(decoded))[:, prefix:]
     p, q = objective.patch
     target = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=q)
@@ -264,3 +270,17 @@ def test_a_step_is_one_graph_for_torch_compile() -> None:
     with torch.compiler.set_stance("fail_on_recompile"):
         second = compiled(later, 0.7).loss_sum
     assert_close([first, second], expected)
+
+
+def test_the_last_block_is_timm_s_where_it_is_looked_at() -> None:
+    """Outputs and gradients, from the same weights."""
+    torch.manual_seed(0)
+    last, whole = LastBlock(32, 4, wanted=5), Block(32, 4, qkv_bias=True)
+    whole.load_state_dict(last.state_dict())
+    tokens = torch.randn(3, 9, 32)
+    ours, theirs = last(tokens), whole(tokens)[:, -5:]
+    assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for (name, mine), other in zip(last.named_parameters(), whole.parameters(), strict=True):
+        assert_close(mine.grad, other.grad, atol=1e-4, rtol=1e-4, msg=name)

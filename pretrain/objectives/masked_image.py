@@ -21,6 +21,7 @@ from data.batch import ImageBatch, TextBatch
 from data.errors import UserError
 from data.keyed import permutation
 from pretrain.encoders.vision import VisionConfig, build_vision, eval_view, sincos_positions
+from pretrain.objectives.last_block import LastBlock
 from pretrain.objectives.protocol import Objective, Output
 from pretrain.views import ViewConfig, ViewsConfig, make_views
 
@@ -104,9 +105,10 @@ class MaskedAutoencoder(Objective):
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("decoder_positions", sincos_positions(width, rows, columns)[None])
-        self.decoder = nn.Sequential(
-            *(Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth))
-        )
+        blocks = [Block(width, config.decoder_heads, qkv_bias=True) for _ in range(config.decoder_depth - 1)]
+        if config.decoder_depth:
+            blocks.append(LastBlock(width, config.decoder_heads, self.patches - self.visible))
+        self.decoder = nn.Sequential(*blocks)
         self.decoder_norm = nn.LayerNorm(width)
         self.decoder_head = nn.Linear(width, 3 * self.patch[0] * self.patch[1])
         self._initialise()
