@@ -73,7 +73,9 @@ def finetune(
     report = report if accelerator.is_main_process else _silent
     place = None if output is None else Path(output).expanduser()
     hidden = None if place is None else on_main(accelerator, lambda: claim(place, overwrite))
-    trace = None if place is None or chosen in FROZEN else Trace(place.with_name(f"{place.name}.run"), resume)
+    trace = None if place is None or chosen in FROZEN else Trace(place.with_name(f"{place.name}.run"))
+    if trace is not None and resume == "never":
+        on_main(accelerator, lambda: shutil.rmtree(trace.folder, ignore_errors=True))
     try:
         encoder = source if isinstance(source, Encoder) else load_encoder(source, options.pooling)
         if hidden is not None and encoder.folder is None:

@@ -42,8 +42,6 @@ class Trace:
     """A fit that writes checkpoints, metrics and its status, and goes on from where it was killed."""
 
     folder: Path
-    resume: str = "auto"
-    """Where it goes on: `auto` or `never`, as `pretrain.loop.run` knows them."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class Training:
             if trace is None:
                 run_in_memory(job, duties)
             else:
-                run(job, duties, trace.folder, trace.resume)
+                run(job, duties, trace.folder)
         finally:
             if objective.depth is not None:
                 objective.depth.remove()
