@@ -86,8 +86,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 tar.extract(member, root, filter="data")
     for side in ("first", "train", "test"):
         shard_images(root / side, root / f"{side}-shards", Sharding(), workers=1)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-    untrained = write_encoder(root / "untrained", seed=11, **sizes)
+    untrained = write_encoder(root / "untrained", seed=11)  # sees pictures at 16 pixels a side
     sides = {side: root / f"{side}-shards" for side in ("first", "train", "test")}
     learning = STEPS | {"min_steps": 600, "lr": 2e-3, "layer_decay": 1.0, "flip": 0.5}
     finetune(untrained, sides["first"], sides["test"], strategy="full", output=root / "m", report=_silent, **learning)

@@ -12,11 +12,12 @@ from data.errors import UserError
 from finetune.advise.cells import Arm, Cell, CellFile
 from finetune.advise.clock import SAFETY, Costs, OutOfTime, work
 from finetune.advise.runner import Runner
+from finetune.rates import UNTRAINED
 from finetune.settings import Settings
 from finetune.strategies import FROZEN
 from finetune.tasks import Report
 
-CANDIDATES = 3
+CANDIDATES = len(UNTRAINED)
 """Learning rates that a trained strategy tries, as far as the cost of a cell goes."""
 UP = "the time was up"
 Key = tuple[Arm, int, int]
