@@ -25,7 +25,7 @@ def _silent(_: str) -> None:
 
 
 def _study(encoder: Path, train: Path, test: Path, out: Path, **changes: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {"budgets": ["20", "150"], "strategies": ["knn", "linear"], "seeds": 3}
+    options: dict[str, Any] = {"budgets": ["20", "150"], "strategies": ["majority", "knn", "linear"], "seeds": 3}
     options |= {"settings": STEPS} | changes
     return advise(encoder, train, test, out, choices=Choices(**options), report=_silent)
 
@@ -46,6 +46,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_an_encoder_that_is_better_is_found(halves: dict[str, Path], tmp_path: Path) -> None:
     results = _study(halves["trained"], halves["train"], halves["test"], tmp_path / "out")
     assert results["recommendation"]["benefit"] is True
+    assert "commonest class" not in results["recommendation"]["text"]
     assert "Pre-training is worth" in results["recommendation"]["text"]
     assert results["benefit"][0]["difference"] > 0.1
 
@@ -62,6 +63,7 @@ def test_shuffled_labels_give_chance_and_no_benefit(halves: dict[str, Path], tmp
     test = write_images(tmp_path / "test", images[1300:], labels[1300:], NAMES)
     results = _study(halves["trained"], train, test, tmp_path / "out")
     assert results["recommendation"]["benefit"] is False
+    assert "commonest class" in results["recommendation"]["text"]
     for row in results["accuracy"]:
         assert row["accuracy"] == pytest.approx(0.1, abs=0.05)
     assert all("chance" in law["reason"] for law in results["power_laws"])

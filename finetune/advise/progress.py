@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +77,6 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
     done = len(plan.order()) - len(pending)
     report(f"{done + len(pending)} cells, {done} of them done; {_time(runner.clock.left())} left for the others")
     for number, (arm, labels, seed) in enumerate(pending, start=done + 1):
-        started = time.perf_counter()
         reason, cell = _attempt(arm, labels, seed, plan, runner, costs)
         if cell is None:
             missing.append({"arm": arm.name, "labels": labels, "seed": seed, "reason": reason})
@@ -87,7 +85,7 @@ def run_cells(plan: Plan, runner: Runner, file: CellFile, report: Report) -> lis
             report(f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: not run, {reason}")
             continue
         file.add(cell)
-        costs.note(arm.name, labels, time.perf_counter() - started)
+        costs.note(arm.name, labels, runner.fitting)
         report(
             f"[{number}/{done + len(pending)}] {arm.name}, {labels:,} labels, seed {seed}: "
             f"{100 * cell.accuracy:.1f} % in {_time(cell.seconds)}; {_time(runner.clock.left())} left"

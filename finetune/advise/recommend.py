@@ -25,6 +25,9 @@ def recommend(table: Table, gains: list[dict[str, Any]]) -> dict[str, Any]:
     gain = next((row for row in gains if row["labels"] == last["labels"]), None)
     benefit = any(row["helps"] for row in gains) if gains else None
     sentences = [_advice(last), _benefit(gains, gain)]
+    common = table.accuracy.get(("majority", last["labels"]))
+    if common is not None and last["interval"][0] <= common.value:
+        sentences.insert(1, "That is not shown to be better than always naming the commonest class.")
     changes = [c for c, after in pairwise(by_budget) if c["arm"] != after["arm"]]
     if changes:
         sentences.append("With fewer: " + "; ".join(f"up to {c['labels']:,}, {c['arm']}" for c in changes) + ".")

@@ -45,6 +45,8 @@ class Runner:
         self.subjects, self.settings, self.clock = subjects, settings, clock
         self.accelerator = accelerator_for(settings)
         self._banks: dict[tuple[str, int], FeatureBank] = {}
+        self.fitting = 0.0
+        """Seconds of the last cell without the features that others may have left it."""
 
     def run(self, arm: Arm, positions: Ints, seed: int) -> Cell:
         """Fit on the training samples at `positions` and judge.
@@ -58,11 +60,12 @@ class Runner:
         chosen: dict[str, Any] = {}
         if arm.strategy == "majority":
             probabilities, seconds = _majority(task, positions), 0.0
+            self.fitting = 0.0
         elif arm.strategy in FROZEN:
             probabilities, chosen, seconds = self._frozen(arm, positions, seed)
         else:
             probabilities, chosen = self._trained(arm, positions, seed, self.settings)
-            seconds = time.perf_counter() - started
+            self.fitting = seconds = time.perf_counter() - started
         judged = score(probabilities, task.test.labels)
         return Cell(arm.name, len(positions), seed, judged.correct, judged.macro_f1, seconds, chosen)
 
@@ -94,7 +97,8 @@ class Runner:
         probabilities = model.from_features(judged).numpy()
         # As if nobody else shared the features: what this cell would cost alone.
         alone = (bank.seconds_each or 0.0) * (len(positions) + len(judged))
-        return probabilities, model.about["chosen"], time.perf_counter() - started + alone
+        self.fitting = time.perf_counter() - started
+        return probabilities, model.about["chosen"], self.fitting + alone
 
     def _trained(self, arm: Arm, positions: Ints, seed: int, settings: Settings) -> tuple[np.ndarray, dict[str, Any]]:
         subject = self._subject(arm)
