@@ -42,7 +42,8 @@ def interpolate(
 
     Args:
         probe: a model on the encoder as it was before fine-tuning (`--strategy linear`).
-        tuned: a model that was fine-tuned from that encoder.
+        tuned: a model that was fine-tuned from that encoder; best by `--strategy lp-ft`, whose head too began as a
+            probe's: between heads that began elsewhere accuracy often falls.
         test: labelled data whose accuracy is one axis of the robustness curve.
         shifted: labelled data of the same classes as they look elsewhere: the other axis, each a curve.
         validation: labelled data on which alpha is chosen; without it alpha is 0.5.

@@ -52,7 +52,7 @@ def _soup(sub: argparse._SubParsersAction) -> None:
 def _interpolate(sub: argparse._SubParsersAction) -> None:
     parser = _command(sub, "interpolate", interpolate, "the models between a probe and its fine-tuned successor")
     parser.add_argument("probe", type=Path, help="model with the encoder as it was (finetune --strategy linear)")
-    parser.add_argument("tuned", type=Path, help="model fine-tuned from the same encoder")
+    parser.add_argument("tuned", type=Path, help="model fine-tuned from the same encoder, best by --strategy lp-ft")
     parser.add_argument("--test", help="labelled data like the training data")
     parser.add_argument(
         "--shifted", nargs="+", default=[], metavar="DATA", help="the same classes as they look elsewhere"

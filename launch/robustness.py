@@ -70,8 +70,8 @@ def _against(axes: Axes, results: dict[str, Any], shifted: list[str]) -> None:
         axes.plot(x, y, marker=".", color=color, label=name)
         for place, marker in ((0, "s"), (-1, "o")):
             axes.plot(x[place], y[place], marker=marker, color=color, markersize=9)
-        chosen = min(range(len(curve)), key=lambda place: abs(curve[place]["alpha"] - results["alpha"]))
-        axes.plot(x[chosen], y[chosen], marker="*", color=color, markersize=15)
+        star = [100 * results["leads"][each]["accuracy"] for each in ("test", name)]
+        axes.plot(*star, marker="*", color=color, markersize=15)
     axes.set_xlabel("accuracy on the test set, %")
     axes.set_ylabel("accuracy on shifted data, %")
     axes.set_title("square: alpha 0, circle: alpha 1, star: chosen", fontsize=9)

@@ -147,7 +147,10 @@ def _members(bench: Bench, draw: int, kind: str, data: tuple[Path, Path], valid:
     worst = min(other["difference"] for other in weighed["leads"])
     found[f"{kind}: ensemble with probe, weighted, over its weakest member on test"] = best
     found[f"{kind}: ensemble with probe, weighted, over its strongest member on test"] = worst
-    between = interpolate(folder / "probe", members[1], data[1], shifted=shifted, validation=valid, steps=6)
+    # Its head begins as a probe's, as the paper's begins as the zero-shot one.
+    tuned = folder / "tuned"
+    finetune(bench.export(kind), task, strategy="lp-ft", seeds=[draw], output=tuned, **bench.settings)
+    between = interpolate(folder / "probe", tuned, data[1], shifted=shifted, validation=valid, steps=6)
     for name, entry in between["leads"].items():
         for end, other in zip(("probe", "fine-tuned model"), entry["leads"], strict=True):
             found[f"{kind}: WiSE-FT (alpha on validation data) over the {end}, {name}"] = other["difference"]
