@@ -17,8 +17,9 @@ from torch import Tensor
 from data.errors import UserError
 from finetune.adapters import adapt, adapted, merge, require_effect
 from finetune.encoder import Encoder, fresh
-from finetune.features import extract
 from finetune.heads import LinearHead
+from finetune.judge import flat_features
+from finetune.linear_targets import fit_linear_target
 from finetune.model import TaskModel
 from finetune.probe import fit_linear, fit_neighbours
 from finetune.rates import ADAPTERS, FIXED_ADAPTERS, UNTRAINED, learning_rates
@@ -26,7 +27,7 @@ from finetune.samples import Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
 from finetune.targets import Classification
 from finetune.train import Trace, Training
-from finetune.trained_head import fit_head
+from finetune.trained_head import Rows, fit_head
 from finetune.unfreezing import unfreezing
 
 FROZEN: tuple[Strategy, ...] = ("knn", "linear", "frozen")
@@ -107,7 +108,8 @@ def fit_frozen(
     if strategy == "linear":
         linear, chosen = fit_linear(features, labels, len(classes), seed, settings.strength, settings.standardize)
         return TaskModel(encoder, linear, classes, {"chosen": chosen})
-    head, chosen = fit_head(features, labels, labels.numpy(), Classification(classes), seed, settings)
+    rows = Rows(features, labels, np.arange(len(labels)), labels.numpy())
+    head, chosen = fit_head(rows, Classification(classes), seed, settings)
     return TaskModel(encoder, head, classes, {"chosen": chosen})
 
 
@@ -148,8 +150,11 @@ def _probe(
     classes: int, seed: int, settings: Settings, accelerator: Accelerator, encoder: Encoder, samples: Samples
 ) -> LinearHead:
     """The linear strategy's head; a class without samples is improbable instead of impossible, so it can be learned."""
-    features = extract(encoder, samples, settings, accelerator)
-    labels = torch.from_numpy(np.ascontiguousarray(samples.labels))
-    head, _ = fit_linear(features, labels, classes, seed, settings.strength, settings.standardize)
-    head.linear.bias.data.clamp_(min=-30.0)
+    features, truth, owners = flat_features(encoder, samples, settings, accelerator)
+    if isinstance(samples.target, Classification):
+        head, _ = fit_linear(features, truth, classes, seed, settings.strength, settings.standardize)
+        head.linear.bias.data.clamp_(min=-30.0)
+    else:
+        kept = settings.strength, settings.standardize
+        head, _ = fit_linear_target(samples.target, features, truth, owners, seed, *kept)
     return head

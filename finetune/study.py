@@ -22,6 +22,7 @@ from finetune.strategies import fit_trained
 from finetune.targets import Target
 from finetune.tasks import Report, Task, load_test, settle
 from finetune.train import Trace
+from finetune.trained_head import Rows, fit_head
 
 SCORES = {"micro_f1": "micro-F1", "r2": "R²", "f1": "F1", "token_accuracy": "token accuracy", "miou": "mIoU"}
 """How the merits are called where people read them."""
@@ -107,6 +108,10 @@ def fit(
         features, truth, owners = flat_features(encoder, samples, settings, accelerator)
         head, chosen = fit_linear_target(target, features, truth, owners, seed, settings.strength, settings.standardize)
         return TaskModel(encoder, head, target.classes, {"chosen": chosen}, target=target)
+    if strategy == "frozen":
+        features, truth, owners = flat_features(encoder, samples, settings, accelerator)
+        trained, chosen = fit_head(Rows(features, truth, owners.numpy(), samples.labels), target, seed, settings)
+        return TaskModel(encoder, trained, target.classes, {"chosen": chosen}, target=target)
     model = fit_trained(strategy, encoder, samples, target.classes, seed, settings, accelerator, trace)
     model.target = target
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -29,32 +30,49 @@ TRIED = 5000
 """Samples on which they are compared at most."""
 
 
-def fit_head(
-    features: Tensor, truth: Tensor, labels: NDArray[np.int64], target: Target, seed: int, settings: Settings
-) -> tuple[LinearHead | MLPHead, dict[str, Any]]:
-    """A head on features (n, d), and what was chosen.
+@dataclass(frozen=True)
+class Rows:
+    """What a head is fitted on, on the CPU, as `finetune.judge.flat_features` gives it."""
 
-    Width and learning rate, unless set, are those with the best merit, then the lowest loss, on a quarter of these
-    same samples; where no class has two, a linear head at the middle rate.
+    features: Tensor
+    """Float32 (m, d): a vector a sample, or, where the target is dense, one a word or patch."""
+    truth: Tensor
+    """(m, …), as the target takes it."""
+    owners: NDArray[np.int64]
+    """(m,) the sample, in [0, n), that each belongs to."""
+    labels: NDArray[np.int64]
+    """(n,) what an inner split of the samples is stratified by."""
 
-    Args:
-        truth: of the samples, (n, …), as `target` takes it.
-        labels: (n,) what the inner split is stratified by.
+    def of(self, samples: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """Features and truth of the samples where it is true, (n,)."""
+        here = torch.from_numpy(samples[self.owners])
+        return self.features[here], self.truth[here]
+
+
+def fit_head(rows: Rows, target: Target, seed: int, settings: Settings) -> tuple[LinearHead | MLPHead, dict[str, Any]]:
+    """A head, and what was chosen.
+
+    Width and learning rate, unless set, are those with the best merit (for words and patches: the least loss) on a
+    quarter of these same samples; where no class has two, a linear head at the middle rate.
 
     Raises:
         UserError: the loss became infinite.
     """
     widths = HIDDEN if settings.hidden is None else (settings.hidden,)
     rates = RATES if settings.lr is None else (settings.lr,)
-    trials = _try(features, truth, labels, target, seed, settings, list(product(widths, rates)))
+    trials = _try(rows, target, seed, settings, list(product(widths, rates)))
     width, rate = max(trials, key=lambda pair: trials[pair]) if trials else (widths[0], rates[len(rates) // 2])
-    head = _train(features, truth, target, seed, settings, width, rate)
+    head = _train(rows.features, rows.truth, target, seed, settings, width, rate)
     if not all(bool(parameter.isfinite().all()) for parameter in head.parameters()):
         raise UserError(f"the head diverged at a learning rate of {rate:g}; set a lower one (lr=…)")
-    chosen: dict[str, Any] = {"hidden": width, "lr": rate, "steps": steps_for(len(features), settings)}
+    chosen: dict[str, Any] = {"hidden": width, "lr": rate, "steps": steps_for(len(rows.features), settings)}
     if trials:
-        named = {f"hidden {width}, lr {rate:g}": merit for (width, rate), (merit, _) in trials.items()}
-        chosen[f"inner_{target.merit}"] = named
+        what = "loss" if target.dense else target.merit
+        named = {
+            f"hidden {width}, lr {rate:g}": -loss if target.dense else merit
+            for (width, rate), (merit, loss) in trials.items()
+        }
+        chosen[f"inner_{what}"] = named
     return head, chosen
 
 
@@ -62,34 +80,32 @@ Choice = tuple[int, float]
 
 
 def _try(
-    features: Tensor,
-    truth: Tensor,
-    labels: NDArray[np.int64],
-    target: Target,
-    seed: int,
-    settings: Settings,
-    choices: list[Choice],
+    rows: Rows, target: Target, seed: int, settings: Settings, choices: list[Choice]
 ) -> dict[Choice, tuple[float, float]]:
     """(merit, -loss) of each width and rate on held-out samples; {} where there is nothing to choose or to split."""
-    shown = np.argsort(hash64(seed, 0x70_1E, np.arange(len(labels))), kind="stable")[:TRIED]
-    count = min(4, int(np.bincount(labels[shown]).max()))
+    shown = np.argsort(hash64(seed, 0x70_1E, np.arange(len(rows.labels))), kind="stable")[:TRIED]
+    count = min(4, int(np.bincount(rows.labels[shown]).max()))
     if len(choices) == 1 or count < 2:
         return {}
-    number = folds(labels[shown], count, seed)
-    inner, valid = torch.from_numpy(shown[number != 0]), torch.from_numpy(shown[number == 0])
-    if not len(valid) or not len(inner):
+    number = np.full(len(rows.labels), -2)
+    number[shown] = folds(rows.labels[shown], count, seed)
+    (features, truth), (asked, answers) = rows.of((number != 0) & (number != -2)), rows.of(number == 0)
+    if not len(features) or not len(asked):
         return {}
     trials = {}
     for width, rate in choices:
-        head = _train(features[inner], truth[inner], target, seed, settings, width, rate)
+        head = _train(features, truth, target, seed, settings, width, rate)
         with torch.no_grad():
-            outputs = head(features[valid])
-        loss_sum, targets = target.loss(outputs, truth[valid])
-        sums = target.sums(list(target.decide(outputs)), list(truth[valid])).sum(axis=0)
-        merit, loss = float(target.from_sums(sums)), float(loss_sum / targets.clamp(min=1))
+            outputs = head(asked)
+        total, targets = target.loss(outputs, answers)
+        loss = float(total / targets.clamp(min=1))
         if math.isfinite(loss):
-            trials[width, rate] = (merit, -loss)
+            trials[width, rate] = (0.0 if target.dense else _merit(target, outputs, answers), -loss)
     return trials
+
+
+def _merit(target: Target, outputs: Tensor, truth: Tensor) -> float:
+    return float(target.from_sums(target.sums(list(target.decide(outputs)), list(truth)).sum(axis=0)))
 
 
 def _train(

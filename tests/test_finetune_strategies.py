@@ -24,7 +24,7 @@ from finetune.strategies import WAYS, fit_trained
 from finetune.targets import Classification
 from finetune.tasks import load_task, load_test
 from finetune.train import Training
-from finetune.trained_head import fit_head
+from finetune.trained_head import Rows, fit_head
 from finetune.unfreezing import layers_in_training, unfreezing
 from pretrain.recipe_file import load_recipe
 
@@ -171,12 +171,11 @@ def test_a_trained_head_needs_its_hidden_layer_where_classes_are_no_half_spaces(
     features = torch.randn(600, 2, generator=draw)
     labels = (features.prod(dim=1) > 0).long()  # two opposite quadrants
     settings, target = Settings(cpu=True), Classification(["a", "b"])
-    head, chosen = fit_head(features[:400], labels[:400], labels[:400].numpy(), target, 0, settings)
+    rows = Rows(features[:400], labels[:400], np.arange(400), labels[:400].numpy())
+    head, chosen = fit_head(rows, target, 0, settings)
     assert chosen["hidden"] == 512
     assert (head(features[400:]).argmax(dim=1) == labels[400:]).double().mean() > 0.9
-    straight, chosen = fit_head(
-        features[:400], labels[:400], labels[:400].numpy(), target, 0, settings.model_copy(update={"hidden": 0})
-    )
+    straight, chosen = fit_head(rows, target, 0, settings.model_copy(update={"hidden": 0}))
     assert chosen["hidden"] == 0
     assert (straight(features[400:]).argmax(dim=1) == labels[400:]).double().mean() < 0.7
 
@@ -241,3 +240,17 @@ def test_every_strategy_beats_chance_with_a_trained_encoder(strategy: str, expor
         tmp_path / "m" / "encoder", train, test, strategy=strategy, labels_per_class=5, report=_silent, cpu=True
     )
     assert results["interval"][0] > 0.2
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "lora", "lp-ft", "gradual"])
+def test_quantities_are_learned_too(strategy: str, text_export: Path, tmp_path: Path) -> None:
+    texts, labels = sentences(60, seed=4)
+    train = tmp_path / "train.tsv"
+    train.write_text(
+        "text\tvalue\n" + "".join(f"{t}\t{3.5 if n == 'pos' else 1.0}\n" for t, n in zip(texts, labels, strict=True))
+    )
+    options = QUICK | {"strategy": strategy, "min_steps": 40, "output": tmp_path / "m"}
+    results = finetune(text_export, train, train, task="regression", report=_silent, **options)
+    assert results["r2"] > 0.3
+    again = evaluate(tmp_path / "m", train, report=_silent, cpu=True)
+    assert again["r2"] == pytest.approx(results["r2"], abs=1e-5)
