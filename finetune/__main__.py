@@ -83,11 +83,14 @@ def _summary(results: dict[str, Any], arguments: argparse.Namespace) -> str:
 
 
 def scores(results: dict[str, Any]) -> list[str]:
-    """Lines of every score of a task that is no classification, beside what a constant would score."""
+    """Lines of every score of a task that is no classification, with its 95 % interval where it has one, beside what a
+    constant would score."""
     lines = []
     for name, value in results["scores"].items():
+        low, high = results["intervals"].get(name, (None, None))
+        sure = "" if low is None else f"   {low:.4f} to {high:.4f}"
         constant = f"   always the same: {results['baseline'][name]:.4f}" if "baseline" in results else ""
-        lines.append(f"{name:<16} {value:.4f}{constant}")
+        lines.append(f"{name:<16} {value:.4f}{sure:<22}{constant}".rstrip())
     return lines
 
 

@@ -16,6 +16,7 @@ from data.files import write_atomically
 from finetune.calibration import fit_temperature
 from finetune.classified import Classified, class_table, confusion, intervals, measure
 from finetune.ensemble import Ensemble, load_any
+from finetune.evaluation_targets import evaluate_targets
 from finetune.evidence import Score, score
 from finetune.features import accelerator_for, extract
 from finetune.labelled_text import read_labelled_text
@@ -24,7 +25,6 @@ from finetune.model import TaskModel, claim, publish
 from finetune.results import FORMAT, write_results
 from finetune.samples import ImageSamples, Samples
 from finetune.settings import Settings, settings_from
-from finetune.study import evaluate_targets
 from finetune.tasks import Report, load_test
 
 
@@ -55,11 +55,13 @@ def evaluate(
         test: labelled data of the model's classes.
         calibrate: labelled data of their own on which a temperature is fitted first; it is saved with the
             model (where that is a folder) and holds from then on.
-        output: a folder for `results.json`, `items.csv`, `confusion.png` and `reliability.png`.
+        output: a folder for `results.json`, `items.csv` and, of a classification, `confusion.png` and
+            `reliability.png`.
         settings: see `finetune.settings.Settings`.
 
     Returns:
-        What `results.json` holds: measures with 95 % intervals, the table of classes, the confusion matrix.
+        What `results.json` holds: measures with 95 % intervals and, of a classification, the table of classes and
+        the confusion matrix.
 
     Raises:
         UserError: unfit data, the same data to calibrate and to test, or an output that exists.
@@ -70,10 +72,12 @@ def evaluate(
         loaded = model if isinstance(model, TaskModel | Ensemble) else load_any(model)
         if isinstance(loaded, TaskModel) and loaded.target.name != "classification":
             if calibrate is not None:
-                raise UserError(f"a temperature is fitted for classifications, and {model} is of {loaded.target.name}")
-            results = evaluate_targets(loaded, test, options, report)
+                kind = loaded.target.name
+                raise UserError(
+                    f"--calibrate fits the temperature of a classification, and the model is for {kind}; leave it out"
+                )
+            results = evaluate_targets(loaded, test, options, report, hidden)
             if hidden is not None:
-                write_results(hidden / "results.json", results)
                 publish(hidden, Path(output))  # type: ignore[arg-type]
             return results
         data = LabelledData(test, loaded.classes, report)

@@ -116,21 +116,26 @@ def commonest(masks: Tensor, rows: int, columns: int, classes: int) -> Tensor:
     return most.indices.where(most.values > 0, IGNORED).view(b, rows, columns)
 
 
-def merit_interval(judgements: list[Judgement], resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % interval of the mean merit of several seeds' models on the same samples, by bootstrap.
+Interval = tuple[float, float]
 
-    Samples, and seeds where there are several, are drawn with replacement; the same samples for every seed.
+
+def score_intervals(judgements: list[Judgement], resamples: int = RESAMPLES) -> dict[str, Interval]:
+    """95 % intervals of the mean scores of several seeds' models on the same samples, by bootstrap.
+
+    Of those scores that summed counts tell (`Target.summed`), by name. Samples, and seeds where there are
+    several, are drawn with replacement; the same samples for every seed.
     """
     target = judgements[0].target
     sums = np.stack([target.sums(each.decided, each.truth) for each in judgements])
     seeds, items = sums.shape[:2]
     # Raw bits of a fixed Philox stream: the same numbers under every version of NumPy.
     stream_of_bits = np.random.Philox(key=0)
-    means = np.empty(resamples)
-    for i in range(resamples):
+    means: dict[str, list[float]] = {}
+    for _ in range(resamples):
         bits = stream_of_bits.random_raw(seeds + items)
         times = np.bincount((bits[seeds:] % np.uint64(items)).astype(np.int64), minlength=items)
-        merits = target.from_sums(np.einsum("n,snk->sk", times.astype(np.float64), sums))
-        means[i] = merits[(bits[:seeds] % np.uint64(seeds)).astype(np.int64)].mean()
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+        drawn = (bits[:seeds] % np.uint64(seeds)).astype(np.int64)
+        for name, values in target.summed(np.einsum("n,snk->sk", times.astype(np.float64), sums)).items():
+            means.setdefault(name, []).append(float(values[drawn].mean()))
+    bounds = {name: np.quantile(values, [0.025, 0.975]) for name, values in means.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}

@@ -110,13 +110,17 @@ class FineTuning(Objective):
     def after_step(self, progress: float, statistics: Tensors) -> None:
         """At the first step: every parameter that is to be trained must have got a gradient.
 
-        Raises `RuntimeError` with the names of those that have not.
+        Raises `UserError` with the names of those that have not.
         """
         if not self._checked:
             self._checked = True
             missed = [n for n, p in self.learner.named_parameters() if p.requires_grad and p.grad is None]
             if missed:
-                raise RuntimeError(f"no gradient reaches {', '.join(missed)}: freeze what is not to be trained")
+                more = f" and {len(missed) - 5} others" if len(missed) > 5 else ""
+                raise UserError(
+                    f"no gradient reaches {', '.join(missed[:5])}{more}, on which what the encoder says does not "
+                    "depend; use a strategy that leaves the encoder as it is (linear, frozen), or take them out of it"
+                )
 
     def exported(self) -> Learner:
         """Encoder and head."""

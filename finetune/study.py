@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import numpy as np
 from data.errors import UserError
 from finetune.encoder import Encoder
 from finetune.features import accelerator_for
-from finetune.judge import Judgement, flat_features, judge, merit_interval
+from finetune.judge import Judgement, flat_features, judge, score_intervals
 from finetune.linear_targets import fit_linear_target
 from finetune.model import TaskModel
 from finetune.results import FORMAT, describe_encoder
@@ -20,7 +19,7 @@ from finetune.settings import STRATEGIES, Settings, Strategy
 from finetune.splits import subset
 from finetune.strategies import fit_trained
 from finetune.targets import Target
-from finetune.tasks import Report, Task, load_test, settle
+from finetune.tasks import Report, Task, settle
 from finetune.train import Trace
 from finetune.trained_head import Rows, fit_head
 
@@ -81,23 +80,6 @@ def study_targets(
     return results, first
 
 
-def evaluate_targets(model: TaskModel, test: str | Path, settings: Settings, report: Report) -> dict[str, Any]:
-    """Judge a saved model on labelled data."""
-    started = time.perf_counter()
-    samples, fingerprint = load_test(test, model.encoder, model.target)
-    judged = judge(model.encoder, model.head, samples, settings, accelerator_for(settings))
-    score = judged.score()
-    report(f"evaluate: {told(model.target, score)}, {len(samples):,} test samples")
-    return {
-        "format": FORMAT,
-        "task": model.target.name,
-        **summarize(model.target, [judged], [score]),
-        "seconds": round(time.perf_counter() - started, 3),
-        "test": {"samples": len(samples), "fingerprint": fingerprint},
-        "classes": model.classes,
-    }
-
-
 def fit(
     strategy: Strategy, encoder: Encoder, samples: Samples, seed: int, settings: Settings, trace: Trace | None = None
 ) -> TaskModel:
@@ -118,10 +100,12 @@ def fit(
 
 
 def summarize(target: Target, judged: list[Judgement], scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Scores averaged over seeds, and the 95 % interval of the merit over seeds and test samples."""
+    """Scores averaged over seeds, and 95 % intervals over seeds and test samples: of the merit, and of all scores
+    that have one (see `score_intervals`)."""
     names = list(judged[0].score())
     means = {name: float(np.mean([score[name] for score in scores])) for name in names}
-    return {"merit": target.merit, **means, "scores": means, "interval": list(merit_interval(judged))}
+    found = {name: list(bounds) for name, bounds in score_intervals(judged).items()}
+    return {"merit": target.merit, **means, "scores": means, "interval": found[target.merit], "intervals": found}
 
 
 def baseline(task: Task) -> dict[str, float]:

@@ -65,8 +65,12 @@ class Target(ABC):
         """Float64 (n, k): each sample's counts, whose sum over samples determines the scores that sums can tell."""
 
     @abstractmethod
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        """Those scores (...) by name, the merit among them, that summed counts (..., k) tell."""
+
     def from_sums(self, sums: Floats) -> Floats:
         """The merit (...) of summed counts (..., k)."""
+        return self.summed(sums)[self.merit]
 
     @abstractmethod
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
@@ -106,8 +110,8 @@ class Classification(Target):
         hits = [float(int(each.argmax()) == int(label)) for each, label in zip(decided, truth, strict=True)]
         return np.stack([np.array(hits), np.ones(len(hits))], axis=1)
 
-    def from_sums(self, sums: Floats) -> Floats:
-        return ratio(sums[..., 0], sums[..., 1])
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        return {"accuracy": ratio(sums[..., 0], sums[..., 1])}
 
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
         from finetune.evidence import macro_f1

@@ -51,19 +51,16 @@ class Tags(Target):
         hits = np.bincount(true[said == true], minlength=count)
         return np.concatenate([hits, np.bincount(said, minlength=count), np.bincount(true, minlength=count)])
 
-    def from_sums(self, sums: Floats) -> Floats:
-        """F1 of whole entities; without entities, the share of words that are right."""
-        return self._f1(sums) if self.bio else ratio(sums[..., 0], sums[..., 1])
-
-    def _f1(self, sums: Floats) -> Floats:
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        """`f1`, of whole entities where tags are BIO, else averaged over tags; and `token_accuracy`, of words."""
         hits, named, present = np.split(sums[..., 2:], 3, axis=-1)
         each, counted = ratio(2 * hits, named + present), named + present > 0
-        return ratio((each * counted).sum(axis=-1), counted.sum(axis=-1).astype(np.float64))
+        f1 = ratio((each * counted).sum(axis=-1), counted.sum(axis=-1).astype(np.float64))
+        return {"f1": f1, "token_accuracy": ratio(sums[..., 0], sums[..., 1])}
 
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-        """`f1` (of entities where tags are BIO, else averaged over tags) and `token_accuracy`."""
-        sums = self.sums(decided, truth).sum(axis=0)
-        return {"f1": float(self._f1(sums)), "token_accuracy": float(sums[0] / sums[1]) if sums[1] else 0.0}
+        found = self.summed(self.sums(decided, truth).sum(axis=0))
+        return {name: float(value) for name, value in found.items()}
 
     def constant(self, truth: Sequence[Tensor]) -> Tensor:
         """The commonest tag, for as many tokens as the longest row has."""
@@ -113,18 +110,19 @@ class Segmentation(Target):
             rows.append(torch.cat(each).double().numpy())
         return np.stack(rows)
 
-    def from_sums(self, sums: Floats) -> Floats:
-        """Intersection over union, averaged over the classes that are present or said anywhere."""
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        """`miou`, intersection over union averaged over the classes that are present or said anywhere, and
+        `pixel_accuracy`."""
         hits, said, present = np.split(sums, 3, axis=-1)
         union = said + present - hits
-        return ratio(ratio(hits, union).sum(axis=-1), (union > 0).sum(axis=-1).astype(np.float64))
+        return {
+            "miou": ratio(ratio(hits, union).sum(axis=-1), (union > 0).sum(axis=-1).astype(np.float64)),
+            "pixel_accuracy": ratio(hits.sum(axis=-1), present.sum(axis=-1)),
+        }
 
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-        """`miou` and `pixel_accuracy`."""
-        sums = self.sums(decided, truth).sum(axis=0)
-        hits, _, present = np.split(sums, 3)
-        accuracy = float(hits.sum() / present.sum()) if present.any() else 0.0
-        return {"miou": float(self.from_sums(sums)), "pixel_accuracy": accuracy}
+        found = self.summed(self.sums(decided, truth).sum(axis=0))
+        return {name: float(value) for name, value in found.items()}
 
     def constant(self, truth: Sequence[Tensor]) -> Tensor:
         counts = sum(each[each != IGNORED].bincount(minlength=self.outputs) for each in truth)

@@ -40,23 +40,22 @@ class MultiLabel(Target):
         present = torch.stack(list(truth)).numpy() > 0.5
         return np.concatenate([named & present, named, present], axis=1).astype(np.float64)
 
-    def from_sums(self, sums: Floats) -> Floats:
-        """F1 over all labels together."""
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        """`micro_f1`, over all labels together, and `macro_f1`, over labels present or named."""
         hits, named, present = np.split(sums, 3, axis=-1)
-        return ratio(2 * hits.sum(axis=-1), named.sum(axis=-1) + present.sum(axis=-1))
+        both = named + present
+        each, counted = ratio(2 * hits, both), (both > 0).sum(axis=-1).astype(np.float64)
+        return {
+            "micro_f1": ratio(2 * hits.sum(axis=-1), both.sum(axis=-1)),
+            "macro_f1": ratio(each.sum(axis=-1), counted),
+        }
 
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-        """`micro_f1`, `macro_f1` over labels present or named, and `map`, the mean over labels present of the
-        average precision (the area under precision over recall, without interpolation)."""
-        sums = self.sums(decided, truth).sum(axis=0)
-        hits, named, present = np.split(sums, 3)
-        counted = named + present > 0
-        each = ratio(2 * hits, named + present)[counted]
-        return {
-            "micro_f1": float(self.from_sums(sums)),
-            "macro_f1": float(each.mean()) if counted.any() else 0.0,
-            "map": _mean_average_precision(torch.stack(list(decided)), torch.stack(list(truth))),
-        }
+        """`micro_f1`, `macro_f1`, and `map`, the mean over labels present of the average precision (the area
+        under precision over recall, without interpolation)."""
+        found = self.summed(self.sums(decided, truth).sum(axis=0))
+        precision = _mean_average_precision(torch.stack(list(decided)), torch.stack(list(truth)))
+        return {name: float(value) for name, value in found.items()} | {"map": precision}
 
     def constant(self, truth: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(truth)).float().mean(dim=0)
@@ -93,30 +92,32 @@ class Regression(Target):
         return outputs.float() * outputs.new_tensor(self.scale) + outputs.new_tensor(self.mean)
 
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
-        """One, then for each quantity squared error, deviation from the training mean, and its square: (n, 1 + 3 q)."""
+        """One, then for each quantity squared error, deviation from the training mean and its square, all in
+        training deviations, and the absolute error in its unit: (n, 1 + 4 q)."""
         said, true = (torch.stack(list(each)).double().numpy() for each in (decided, truth))
         away = (true - np.array(self.mean)) / np.array(self.scale)
         errors = ((said - true) / np.array(self.scale)) ** 2
-        return np.concatenate([np.ones((len(true), 1)), errors, away, away**2], axis=1)
+        return np.concatenate([np.ones((len(true), 1)), errors, away, away**2, np.abs(said - true)], axis=1)
 
-    def from_sums(self, sums: Floats) -> Floats:
-        """1 - squared error / variance of the judged samples, averaged over quantities; 0 where nothing varies."""
+    def summed(self, sums: Floats) -> dict[str, Floats]:
+        """`r2`, 1 - squared error / variance of the judged samples (0 where nothing varies), and `mae`, the mean
+        absolute error in the quantities' units; averaged over quantities."""
         count = sums[..., :1]
-        errors, away, squares = np.split(sums[..., 1:], 3, axis=-1)
+        errors, away, squares, absolute = np.split(sums[..., 1:], 4, axis=-1)
         spread = squares - ratio(away**2, np.broadcast_to(count, away.shape))
         known = spread > 1e-12 * np.maximum(squares, 1e-300)
         found = np.where(known, 1 - errors / np.where(known, spread, 1.0), 0.0)
-        return np.asarray(found.mean(axis=-1))
+        return {
+            "r2": np.asarray(found.mean(axis=-1)),
+            "mae": np.asarray(ratio(absolute, np.broadcast_to(count, absolute.shape)).mean(axis=-1)),
+        }
 
     def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-        """`r2`, `mae` (in the quantities' units) and `spearman`, each averaged over the quantities."""
+        """`r2`, `mae` and `spearman`, each averaged over the quantities."""
         said, true = (torch.stack(list(each)).double().numpy() for each in (decided, truth))
         ranks = [_spearman(said[:, i], true[:, i]) for i in range(self.outputs)]
-        return {
-            "r2": float(self.from_sums(self.sums(decided, truth).sum(axis=0))),
-            "mae": float(np.abs(said - true).mean()),
-            "spearman": float(np.mean(ranks)),
-        }
+        found = self.summed(self.sums(decided, truth).sum(axis=0))
+        return {name: float(value) for name, value in found.items()} | {"spearman": float(np.mean(ranks))}
 
     def constant(self, truth: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(truth)).float().mean(dim=0)

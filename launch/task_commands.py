@@ -83,7 +83,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         **settings_of(arguments.settings),
     )
     if "merit" in results:
-        return tell(results, "\n".join(scores(results)), arguments)
+        return tell(results, "\n".join([f"{results['test']['samples']:,} test samples", *scores(results)]), arguments)
     return tell(results, "\n".join([*_measures(results), *_classes(results["per_class"])]), arguments)
 
 

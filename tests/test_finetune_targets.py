@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from data.errors import UserError
 from finetune.encoder import Augmentation, load_encoder
 from finetune.entities import is_bio, spans
 from finetune.evaluation import evaluate
-from finetune.judge import commonest, merit_interval
+from finetune.judge import commonest, score_intervals
 from finetune.model import load_model
 from finetune.run import finetune
 from finetune.study import baseline
@@ -154,8 +155,14 @@ def test_a_linear_head_beats_a_constant_and_reloads(
     assert results["interval"][0] > results["baseline"][merit] + 0.03
     assert results["interval"][0] <= results[merit] <= results["interval"][1]
     assert json.loads((tmp_path / "m" / "results.json").read_text()) == results
-    again = evaluate(tmp_path / "m", test, report=_silent, cpu=True)
+    out = tmp_path / "out"
+    again = evaluate(tmp_path / "m", test, output=out, report=_silent, cpu=True)
     assert again["scores"] == results["scores"]
+    assert json.loads((out / "results.json").read_text()) == again
+    with open(out / "items.csv", newline="") as file:
+        _items_add_up(task, list(csv.DictReader(file)), again)
+    with pytest.raises(UserError, match=f"--calibrate fits .* the model is for {task}; leave it out"):
+        evaluate(tmp_path / "m", test, calibrate=train, report=_silent, cpu=True)
     one = load_model(tmp_path / "m")
     one.save(tmp_path / "copy")
     two = load_model(tmp_path / "copy")
@@ -166,6 +173,30 @@ def test_a_linear_head_beats_a_constant_and_reloads(
         said = [m.target.decide(m.head(m.encoder(batch, dense=m.target.dense))) for m in (one, two)]
     assert torch.equal(*said)
     assert json.dumps(one.target.predictions(said[0]))
+
+
+def _items_add_up(task: str, rows: list[dict[str, str]], results: dict[str, Any]) -> None:
+    """A score found again in the items' own rows."""
+    assert len(rows) == results["test"]["samples"]
+    assert len({row["item"] for row in rows}) > 30
+    assert sorted(results["intervals"]) == sorted(set(results["scores"]) - {"map", "spearman"})
+    for name, (low, high) in results["intervals"].items():
+        assert low <= results[name] <= high
+    if task == "multi-label":
+        pairs = [(set(json.loads(row["labels"])), set(json.loads(row["predictions"]))) for row in rows]
+        hits = sum(len(true & said) for true, said in pairs)
+        assert results["micro_f1"] == pytest.approx(2 * hits / sum(len(true) + len(said) for true, said in pairs))
+        assert [row["correct"] == "1" for row in rows] == [true == said for true, said in pairs]
+    elif task == "regression":
+        away = [abs(float(row["value"]) - float(row["value_prediction"])) for row in rows]
+        assert results["mae"] == pytest.approx(np.mean(away), rel=1e-5)
+    elif task == "tokens":
+        right, words = (sum(int(row[name]) for row in rows) for name in ("right", "words"))
+        assert results["token_accuracy"] == pytest.approx(right / words)
+        assert [len(json.loads(row["predictions"])) for row in rows] == [len(row["item"].split()) for row in rows]
+    else:
+        right, pixels = (sum(int(row[name]) for row in rows) for name in ("right", "pixels"))
+        assert results["pixel_accuracy"] == pytest.approx(right / pixels)
 
 
 @pytest.mark.slow
@@ -275,7 +306,7 @@ def test_intervals_hold_the_merit_and_narrow_with_samples() -> None:
         truth = torch.randn(count, 1, generator=draw)
         said = truth + 0.5 * torch.randn(count, 1, generator=draw)
         judged = Judgement(target, list(said), list(truth), 0.0)
-        low, high = merit_interval([judged], resamples=300)
+        low, high = score_intervals([judged], resamples=300)[target.merit]
         assert low < judged.merit < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
