@@ -1,17 +1,18 @@
-"""Fine-tuning beside a loop in the style of timm's train.py: the same ViT, pictures, batch and precision, in turns.
+"""Feature extraction and full fine-tuning beside timm's loader and loop and transformers' Trainer, in turns.
 
-    python tests/bench/finetune_speed.py SHARDS FOLDERS [--rounds 5] [--pictures 2000] [--steps 24] [--threads 1]
+    python tests/bench/finetune_speed.py SHARDS FOLDERS TEXT_EXPORT TSV [--rounds 5] [--threads 1] [--small]
 
-`SHARDS` are ours and `FOLDERS` the same pictures as class folders. Two measures, in pictures a second:
+`SHARDS` are ours and `FOLDERS` the same pictures as class folders; `TEXT_EXPORT` is a text encoder's export (not a
+causal one) and `TSV` labelled texts. On each side the same network, samples, batch, precision and number of steps:
 
-- **features**: pooled features of `--pictures` pictures without augmentation, from files. timm's side is its
-  `create_loader` over an `ImageFolder` in this process, then the model under `torch.inference_mode`.
-- **full**: steps of fine-tuning with AdamW, random resized crops (scale 0.6 to 1) and layer decay. Both sides are
-  timed over `--steps` and over twice as many steps; the difference leaves out what happens once (ours: decoding
-  into memory, the head's standardisation; timm's: the loader's start), so it is the cost of a further step.
+- **pictures** against timm: see `finetune_speed_pictures.py`.
+- **text** against a plain loop over transformers' model, and its Trainer: see `finetune_speed_text.py`.
 
-Ours decodes once and keeps pictures in memory, and makes all views of a batch at once; timm's loader decodes and crops
-each picture at each use. That is where an advantage comes from, beside the same network's forward and backward pass.
+*A further step* of fine-tuning is timed as the difference between a fit and one of twice as many steps, so that what
+happens once is left out: ours decodes all pictures into memory, or tokenises, and standardises the head's input;
+the others open the folder, or tokenise, and build their loader. *A whole fit* is the longer of the two with all of
+that, from data on disk. Rounds alternate which side goes first; a ratio is the median of the rounds' ratios, of wall
+time and, in brackets, of the process's CPU time, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
@@ -20,150 +21,99 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import timm
 import torch
-from safetensors.torch import save_file
-from timm.data import ImageDataset, create_loader
-from timm.optim import create_optimizer_v2
-from torch.nn import functional as F
-
-from finetune.encoder import load_encoder
-from finetune.features import accelerator_for, extract
-from finetune.settings import Settings
-from finetune.tasks import load_task
-from finetune.train import Training
-
-MODEL = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4, "global_pool": "avg"}
-ARGUMENTS |= {"fc_norm": False}
-STATISTICS = (0.5, 0.5, 0.5)
 
 
-def write_encoder(folder: Path) -> None:
-    """An untrained encoder in timm's layout; its speed is that of a trained one."""
-    import json
+@dataclass
+class Contest:
+    """Two sides of the same work: ours first."""
 
-    model = timm.create_model(MODEL, num_classes=0, **ARGUMENTS)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
-    preset = {"input_size": [3, 32, 32], "interpolation": "bicubic", "mean": STATISTICS, "std": STATISTICS}
-    config = {"architecture": MODEL, "num_classes": 0, "model_args": ARGUMENTS, "pretrained_cfg": preset}
-    (folder / "config.json").write_text(json.dumps(config))
+    name: str
+    rival: str
+    sides: tuple[Callable[[int], object], Callable[[int], object]]
+    """Each does the given amount of work: samples, or steps of fine-tuning."""
+    amount: int
+    batch: int | None = None
+    """Samples a step where work is counted in steps."""
+    times: list[list[tuple[float, float]]] = field(default_factory=lambda: [[], []])
+    """Of each side a pair (wall, CPU) of seconds for every amount and round."""
 
+    def round(self, turn: int) -> None:
+        """Time both sides once; who begins depends on the turn."""
+        for side in (0, 1) if turn % 2 == 0 else (1, 0):
+            for amount in (self.amount,) if self.batch is None else (self.amount, 2 * self.amount):
+                wall, cpu = time.perf_counter(), time.process_time()
+                self.sides[side](amount)
+                self.times[side].append((time.perf_counter() - wall, time.process_time() - cpu))
 
-def loader(folders: str, batch: int, training: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """timm's loader in this process."""
-    extra = {"scale": (0.6, 1.0), "hflip": 0.0, "color_jitter": None} if training else {"crop_pct": 1.0}
-    return create_loader(
-        ImageDataset(folders),
-        input_size=(3, 32, 32),
-        batch_size=batch,
-        is_training=training,
-        use_prefetcher=False,
-        no_aug=False,
-        interpolation="bicubic",
-        mean=STATISTICS,
-        std=STATISTICS,
-        num_workers=0,
-        device=torch.device("cpu"),
-        persistent_workers=False,
-        **extra,
-    )
+    def lines(self) -> list[str]:
+        """What came out, one line a measure."""
+        if self.batch is None:
+            return [self._line(self.name, self.amount, *self.times)]
+        further, whole = [], []
+        for side in self.times:
+            pairs = list(zip(side[::2], side[1::2], strict=True))
+            further.append([(max(b[0] - a[0], 1e-9), max(b[1] - a[1], 1e-9)) for a, b in pairs])
+            whole.append([b for _, b in pairs])
+        samples = self.amount * self.batch
+        return [
+            self._line(f"{self.name}, a further step", samples, *further),
+            self._line(f"{self.name}, a whole fit of {2 * self.amount} steps", 2 * samples, *whole),
+        ]
 
-
-def their_features(folders: str, encoder: Path, pictures: int, batch: int) -> None:
-    """Pooled features by timm alone."""
-    model, found, seen = timm.create_model(f"local-dir:{encoder}", pretrained=True).eval(), [], 0
-    with torch.inference_mode():
-        for images, _ in loader(folders, batch, training=False):
-            found.append(model(images))
-            seen += len(images)
-            if seen >= pictures:
-                return
-
-
-def their_training(folders: str, encoder: Path, steps: int, batch: int, classes: int) -> None:
-    """timm's loop: loader, model, optimiser with layer decay, clipped gradients."""
-    model = timm.create_model(f"local-dir:{encoder}", pretrained=True).train()
-    model.reset_classifier(classes)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
-    done = 0
-    while True:
-        for images, labels in loader(folders, batch, training=True):
-            F.cross_entropy(model(images), labels).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            done += 1
-            if done == steps:
-                return
+    def _line(self, name: str, samples: int, ours: list[tuple[float, float]], theirs: list[tuple[float, float]]) -> str:
+        wall, cpu = (statistics.median(b[i] / a[i] for a, b in zip(ours, theirs, strict=True)) for i in (0, 1))
+        mine, other = (samples / statistics.median(each[0] for each in side) for side in (ours, theirs))
+        return f"{name:<44} {mine:>8,.0f} headwater {other:>8,.0f} {self.rival:<29} x {wall:.2f} (CPU x {cpu:.2f})"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def report(name: str, ours: list[float], theirs: list[float]) -> None:
-    """Medians of the rounds, and the median of their ratios."""
-    ratio = statistics.median(mine / rival for mine, rival in zip(ours, theirs, strict=True))
-    print(
-        f"{name:<10} {statistics.median(ours):>9,.0f} headwater {statistics.median(theirs):>9,.0f} timm   x {ratio:.2f}"
-    )
-
-
-def main() -> None:
-    """Print pictures a second."""
+def arguments_from(words: list[str] | None) -> argparse.Namespace:
+    """The command line's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards")
-    parser.add_argument("folders")
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("folders", type=Path)
+    parser.add_argument("text_export", type=Path)
+    parser.add_argument("tsv", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--pictures", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=2000, help="pictures, and texts")
+    parser.add_argument("--steps", type=int, default=20, help="of the shorter fit")
+    parser.add_argument("--picture-batch", type=int, default=64)
+    parser.add_argument("--text-batch", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
+    parser.add_argument("--small", action="store_true", help="a few samples, steps and rounds: to see that it works")
+    arguments = parser.parse_args(words)
+    if arguments.small:
+        arguments.rounds, arguments.samples, arguments.steps = 1, 48, 1
+        arguments.picture_batch, arguments.text_batch = 8, 8
+    return arguments
+
+
+def main(words: list[str] | None = None) -> None:
+    """Print samples a second of both sides, and ratios."""
+    arguments = arguments_from(words)
+    from finetune_speed_pictures import picture_contests
+    from finetune_speed_text import text_contests
+
     torch.set_num_threads(arguments.threads)
-    steps, batch, pictures = arguments.steps, arguments.batch, arguments.pictures
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_encoder(folder)
-        task = load_task(arguments.shards, arguments.shards, load_encoder(folder))
-        positions = np.linspace(0, len(task.train) - 1, pictures).astype(np.int64)
-        few = task.train.select(positions)
-
-        def settings(count: int) -> Settings:
-            return Settings(cpu=True, lr=1e-3, min_steps=count, epochs=1e-6, batch_size=batch, inference_batch=batch)
-
-        def ours(count: int) -> None:
-            chosen = settings(count)
-            start = lambda: load_encoder(folder).requires_grad_(True)  # noqa: E731
-            Training(start, few, len(task.classes), 0, chosen, accelerator_for(chosen)).fit((1e-3,))
-
-        def theirs(count: int) -> None:
-            their_training(arguments.folders, folder, count, batch, len(task.classes))
-
-        def our_features() -> None:
-            extract(load_encoder(folder), few, settings(1), accelerator_for(settings(1)))
-
-        rates: dict[str, tuple[list[float], list[float]]] = {"features": ([], []), "full": ([], [])}
+        contests = [*picture_contests(arguments, Path(name)), *text_contests(arguments, Path(name))]
+        for contest in [] if arguments.small else contests:  # libraries are loaded and memory is claimed at a first use
+            for side in contest.sides:
+                side(1 if contest.batch else contest.amount)
         for turn in range(arguments.rounds):
-            sides = [0, 1] if turn % 2 == 0 else [1, 0]
-            for side in sides:
-                work = (our_features, lambda: their_features(arguments.folders, folder, pictures, batch))[side]
-                rates["features"][side].append(pictures / seconds(work))
-            for side in sides:
-                train = (ours, theirs)[side]
-                short, long = seconds(lambda train=train: train(steps)), seconds(lambda train=train: train(2 * steps))
-                rates["full"][side].append(steps * batch / max(long - short, 1e-9))
-    print(f"pictures a second, batch {batch}, {arguments.threads} thread(s), medians of {arguments.rounds} rounds")
-    for measure, (mine, other) in rates.items():
-        report(measure, mine, other)
+            for contest in contests:
+                contest.round(turn)
+    print(
+        f"samples a second, {arguments.threads} thread(s); batches of {arguments.picture_batch} pictures and of "
+        f"{arguments.text_batch} texts; medians of {arguments.rounds} rounds; {time.perf_counter() - began:.0f} s"
+    )
+    for contest in contests:
+        print("\n".join(contest.lines()))
 
 
 if __name__ == "__main__":
