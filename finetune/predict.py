@@ -13,8 +13,10 @@ import torch
 
 from data.batch import ImageBatch
 from data.canvas import decode
+from data.crops import upright_size
 from data.errors import UserError
 from data.images import UnreadableImage
+from finetune.dense_predictions import decide, tagged, whole_mask
 from finetune.ensemble import Ensemble
 from finetune.features import accelerator_for
 from finetune.image_encoder import ImageEncoder
@@ -22,7 +24,8 @@ from finetune.model import TaskModel
 from finetune.prediction_inputs import Picture, pictures, texts
 from finetune.prediction_output import written_rows
 from finetune.settings import Settings, settings_from
-from finetune.targets import Classification
+from finetune.targets import Classification, Target
+from finetune.targets_dense import Segmentation, Tags
 from finetune.text_encoder import DocumentEncoder
 
 BATCH = 64
@@ -49,7 +52,12 @@ class Skipped:
 
 
 Said = dict[str, Any]
-"""A row: `input`, then what the model says of it; a class has `label` and `probability`."""
+"""A row: `input`, then what the model says of it.
+
+A class has `label` and `probability`; several labels `labels` and `probabilities`; quantities their names; tagged text
+`words` and `tags`; a segmented picture `mask` (uint8, of the upright picture's height and width, 255 outside the
+square at the centre that the encoder sees) and `shares` of the classes in that square.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,9 @@ class Predictions:
 
 
 def predict(model: TaskModel | Ensemble, inputs: Sequence[str | Path], **settings: Any) -> Predictions:
-    """Classify each input, in order, all in memory; see `stream`."""
+    """Classify each input, in order, all in memory; see `stream`, which is for models of every kind."""
+    if not isinstance(_target(model), Classification):
+        raise UserError(f"predict() gives a class an input; for {_target(model).name} take the rows of stream()")
     rows, skipped = [], []
     for found in stream(model, inputs, **settings):
         if isinstance(found, Skipped):
@@ -90,12 +100,12 @@ def stream(
         column: the column of tables that holds the text.
 
     Raises:
-        UserError: an input that does not exist, or nothing to predict.
+        UserError: an input that does not exist, nothing to predict, or a `top` that the model does not have.
     """
     options = settings_from(settings)
-    target = model.target if isinstance(model, TaskModel) else Classification(model.classes)
-    if target.dense:
-        raise UserError(f"predict writes one row an input; a model for {target.name} says something of every part")
+    target = _target(model)
+    if top != 1 and not isinstance(target, Classification):
+        raise UserError(f"only a classification tells its {top} likeliest classes, and the model is for {target.name}")
     if not 1 <= top <= len(model.classes):
         raise UserError(f"{top} classes cannot be told of each input; the model has {len(model.classes)}")
     members = [member.model for member in model.members] if isinstance(model, Ensemble) else [model]
@@ -107,13 +117,17 @@ def stream(
     sides = {member.encoder.canvas for member in members if isinstance(member.encoder, ImageEncoder)}
     for part in _parts(iter(items)):
         empty = False
-        read = part if text else [_decoded(item, sides) for item in part]
+        read = part if text else [_decoded(item, sides, target.dense) for item in part]
         good = [each for each in read if not isinstance(each, Skipped)]
         said = _said(model, members, good, top, options) if good else iter(())
         for each in read:
             yield each if isinstance(each, Skipped) else {"input": each if text else each.name, **next(said)}
     if empty:
         raise UserError(f"there is no {'text' if text else 'picture'} to predict")
+
+
+def _target(model: TaskModel | Ensemble) -> Target:
+    return model.target if isinstance(model, TaskModel) else Classification(model.classes)
 
 
 def _parts(items: Iterator[Any]) -> Iterator[list[Any]]:
@@ -127,14 +141,17 @@ class _Decoded:
 
     name: str
     canvases: dict[int, tuple[np.ndarray, tuple[int, int]]]
+    size: tuple[int, int] | None
+    """Height and width of the picture itself, where that is asked for."""
 
 
-def _decoded(item: Picture, sides: set[int]) -> _Decoded | Skipped:
+def _decoded(item: Picture, sides: set[int], sized: bool) -> _Decoded | Skipped:
     name, payload = item
     if isinstance(payload, str):
         return Skipped(name, payload)
     try:
-        return _Decoded(name, {side: decode(payload, side) for side in sides})
+        size = upright_size(payload) if sized else None
+        return _Decoded(name, {side: decode(payload, side) for side in sides}, size)
     except UnreadableImage as error:
         return Skipped(name, str(error))
 
@@ -144,10 +161,15 @@ def _said(
     model: TaskModel | Ensemble, members: list[TaskModel], items: list[Any], top: int, settings: Settings
 ) -> Iterator[Said]:
     """What is said of readable items, in order."""
-    features = [_features(member, items, settings) for member in members]
-    if isinstance(model, TaskModel) and not isinstance(model.target, Classification):
-        yield from model.target.predictions(model.target.decide(model.logits(features[0])))
+    if isinstance(model, TaskModel) and isinstance(model.target, Tags):
+        yield from tagged(model, items, settings)
         return
+    if isinstance(model, TaskModel) and not isinstance(model.target, Classification):
+        decided = decide(model, _batch(model, items), settings)
+        found = model.target.predictions(decided)
+        yield from _with_masks(model, items, decided, found) if isinstance(model.target, Segmentation) else found
+        return
+    features = [_features(member, items, settings) for member in members]
     each = [member.from_features(found).numpy() for member, found in zip(members, features, strict=True)]
     joint = model.mix(each, [member.classes for member in members]) if isinstance(model, Ensemble) else each[0]
     for row in joint:
@@ -160,22 +182,30 @@ def _said(
         yield said
 
 
+def _with_masks(model: TaskModel, items: list[_Decoded], decided: torch.Tensor, found: list[Said]) -> Iterator[Said]:
+    assert isinstance(model.encoder, ImageEncoder)
+    for item, view, said in zip(items, decided, found, strict=True):
+        assert item.size is not None
+        yield {"mask": whole_mask(view, item.canvases[model.encoder.canvas][1], item.size), **said}
+
+
 def _features(model: TaskModel, items: list[Any], settings: Settings) -> torch.Tensor:
     """Pooled features (b, d) of texts, or of decoded pictures."""
-    encoder, accelerator = model.encoder, accelerator_for(settings)
-    ids = torch.arange(len(items))
-    batch: Any
-    if isinstance(encoder, DocumentEncoder):
-        batch = encoder.batch(encoder.tokenize(items), ids, ids)
-    else:
-        assert isinstance(encoder, ImageEncoder)
-        decoded = [item.canvases[encoder.canvas] for item in items]
-        images = torch.from_numpy(np.stack([pixels for pixels, _ in decoded]))
-        sizes = torch.tensor([size for _, size in decoded])
-        batch = ImageBatch(images=images, sizes=sizes, labels=torch.full_like(ids, -1), keys=ids, ids=ids)
+    accelerator = accelerator_for(settings)
     with accelerator.autocast():
-        features: torch.Tensor = encoder(batch.to(accelerator.device))
+        features: torch.Tensor = model.encoder(_batch(model, items).to(accelerator.device))
     return features.float().cpu()
+
+
+def _batch(model: TaskModel, items: list[Any]) -> Any:
+    encoder, ids = model.encoder, torch.arange(len(items))
+    if isinstance(encoder, DocumentEncoder):
+        return encoder.batch(encoder.tokenize(items), ids, ids)
+    assert isinstance(encoder, ImageEncoder)
+    decoded = [item.canvases[encoder.canvas] for item in items]
+    images = torch.from_numpy(np.stack([pixels for pixels, _ in decoded]))
+    sizes = torch.tensor([size for _, size in decoded])
+    return ImageBatch(images=images, sizes=sizes, labels=torch.full_like(ids, -1), keys=ids, ids=ids)
 
 
 def write_rows(predictions: Predictions, path: Path) -> None:

@@ -13,6 +13,7 @@ from data.dataset import ShardedDataset
 from data.errors import DamagedData, UserError
 from data.index import IMAGE_PARTS
 from finetune.labelled_text import TEXT_COLUMNS
+from finetune.tagged_text import WORD_FIELDS
 
 Picture = tuple[str, bytes | str]
 """Name and encoded bytes; where they could not be read, name and reason."""
@@ -82,7 +83,8 @@ def texts(inputs: Sequence[str | Path], column: str | None = None) -> Iterator[s
     """Texts of files, folders, tables, patterns, standard input (`-`), or the strings themselves.
 
     `.txt` and unknown endings: each line is a text. `.csv`, `.tsv`, `.jsonl`: the `column`, else the one whose
-    name says that it is text, else the first. A folder: each `.txt` file is a text.
+    name says that it is text, else the first; in `.jsonl` it may hold a list of words. A folder: each `.txt` file is
+    a text.
 
     Raises:
         UserError: a file that does not exist, a column that is missing; files are checked before anything is
@@ -141,7 +143,9 @@ def _objects(file: Iterable[str], path: Path, column: str | None) -> Iterator[st
             continue
         try:
             fields = {name if column else str(name).lower(): value for name, value in json.loads(line).items()}
-            yield next(str(fields[name]) for name in wanted if name in fields)
+            lists = () if column else [name for name in WORD_FIELDS if isinstance(fields.get(name), list)]
+            value = next(fields[name] for name in (*wanted, *lists) if name in fields)
+            yield " ".join(map(str, value)) if isinstance(value, list) else str(value)
         except (json.JSONDecodeError, AttributeError, StopIteration):
             raise UserError(f"{path}, line {number} is no JSON object with the field {wanted[0]!r}") from None
 

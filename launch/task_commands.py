@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from data.errors import UserError
 from finetune.__main__ import add_arguments, scores
 from finetune.__main__ import settings_of as settings_of
 from launch.output import tell, to_stderr
+
+if TYPE_CHECKING:
+    from finetune.ensemble import Ensemble
+    from finetune.model import TaskModel
+    from finetune.prediction_output import Write
 
 
 def add(sub: argparse._SubParsersAction) -> None:
@@ -40,7 +47,9 @@ def _predict(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
     help = "pictures, folders, shards, patterns; texts, text files, tables; or - for standard input"
     parser.add_argument("inputs", nargs="+", metavar="input", help=help)
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write .csv, .tsv or .jsonl instead of printing")
+    help = "write .csv, .tsv or .jsonl instead of printing; of a segmentation, a folder for its masks"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=help)
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of masks if it exists")
     parser.add_argument("--format", choices=["csv", "tsv", "jsonl"], help="instead of the one that FILE's ending names")
     parser.add_argument("--top", type=int, default=1, metavar="K", help="likeliest classes told of each input (1)")
     parser.add_argument("--column", metavar="NAME", help="column of tables that holds the text")
@@ -110,11 +119,10 @@ def predict(arguments: argparse.Namespace) -> int:
     """`headwater predict`: exit status 1 when some inputs could not be read."""
     from finetune.ensemble import load_any
     from finetune.predict import Skipped, stream
-    from finetune.prediction_output import written_rows
 
     rows, skipped = 0, 0
-    with written_rows(arguments.output, arguments.format) as write:
-        model = load_any(arguments.model)
+    model = load_any(arguments.model)
+    with _written(model, arguments) as write:
         for row in stream(model, arguments.inputs, top=arguments.top, column=arguments.column):
             if isinstance(row, Skipped):
                 skipped += 1
@@ -127,6 +135,21 @@ def predict(arguments: argparse.Namespace) -> int:
     if skipped:
         to_stderr(f"left out {skipped} unreadable")
     return 1 if skipped else 0
+
+
+def _written(model: TaskModel | Ensemble, arguments: argparse.Namespace) -> AbstractContextManager[Write]:
+    """What writes the rows: masks into a folder, tagged text as JSON where no format is named, all else as asked."""
+    from finetune.mask_folder import written_masks
+    from finetune.model import TaskModel
+    from finetune.prediction_output import written_rows
+
+    task = model.target.name if isinstance(model, TaskModel) else "classification"
+    if task != "segmentation":
+        plain = task == "tokens" and arguments.output is None
+        return written_rows(arguments.output, arguments.format or ("jsonl" if plain else None))
+    if arguments.output is None or arguments.format is not None:
+        raise UserError("a segmentation is written as masks; give a folder for them with --output, and no --format")
+    return written_masks(arguments.output, model.classes, arguments.overwrite)
 
 
 def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:

@@ -326,3 +326,36 @@ def test_a_budget_counts_samples_and_the_baseline_sees_no_input(export: Path, tm
     task = load_task(train, test, load_encoder(export), "regression")
     assert baseline(task)["r2"] == pytest.approx(0.0, abs=0.1)
     assert baseline(task)["spearman"] == 0.0
+
+
+TINY = {"cpu": True, "min_steps": 3, "epochs": 0.1, "batch_size": 8, "lr": 1e-3, "strength": 1.0, "hidden": 0}
+
+
+@pytest.mark.parametrize("strategy", ["frozen", "lora", "dora", "lp-ft", "gradual"])
+@pytest.mark.parametrize(("task", "kind", "make"), KINDS)
+def test_every_strategy_takes_every_kind(
+    strategy: str, task: str, kind: str, make: Make, export: Path, text_export: Path, tmp_path: Path
+) -> None:
+    train, test = make(tmp_path)
+    source = export if kind == "images" else text_export
+    options = {"task": task, "report": _silent, "labels_per_class": 24, "output": tmp_path / "m"}
+    results = finetune(source, train, test, strategy=strategy, **options, **TINY)
+    again = evaluate(tmp_path / "m", test, report=_silent, cpu=True)
+    assert again["scores"] == pytest.approx(results["scores"], abs=1e-4)
+    assert (tmp_path / "m" / "adapter").is_dir() == (strategy in ("lora", "dora"))
+    before, after = (load_encoder(folder).state_dict() for folder in (source, tmp_path / "m" / "encoder"))
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert bool(moved) == (strategy != "frozen")
+
+
+@pytest.mark.parametrize(("task", "kind", "make"), [KINDS[2], KINDS[3], KINDS[5]])
+def test_lp_ft_begins_as_the_linear_strategy_ends(
+    task: str, kind: str, make: Make, export: Path, text_export: Path, tmp_path: Path
+) -> None:
+    train, test = make(tmp_path)
+    source = export if kind == "images" else text_export
+    scores = [
+        finetune(source, train, test, task=task, strategy=name, report=_silent, **TINY | {"lr": 1e-12})["scores"]
+        for name in ("linear", "lp-ft")
+    ]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3)
