@@ -12,7 +12,7 @@ from torch import Tensor
 from data.keyed import hash64
 from finetune.heads import LinearHead, standardization
 from finetune.probe import FALLBACK_STRENGTH, STRENGTHS, logistic
-from finetune.targets import Target, cross_entropy
+from finetune.targets import Target
 from finetune.targets_vector import MultiLabel, Regression
 
 RIDGES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -92,13 +92,8 @@ def _choose(target: Target, inputs: Matrix, truth: Tensor, owners: NDArray[np.in
         for i, strength in enumerate(candidates):
             weight, bias = _solve(target, inputs[train], truth[torch.from_numpy(train)], strength)
             outputs = torch.from_numpy(inputs[valid] @ weight.T + bias).float()
-            losses[i] += _loss(target, outputs, truth[torch.from_numpy(valid)])
+            losses[i] += float(target.row_loss(outputs, truth[torch.from_numpy(valid)])[0])
     return candidates[int(np.argmin(losses))]
-
-
-def _loss(target: Target, outputs: Tensor, truth: Tensor) -> float:
-    total, _ = cross_entropy(outputs, truth, 0.0) if target.dense else target.loss(outputs, truth)
-    return float(total)
 
 
 def _solve(target: Target, inputs: Matrix, truth: Tensor, strength: float) -> tuple[Matrix, Matrix]:

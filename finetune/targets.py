@@ -56,6 +56,10 @@ class Target(ABC):
             truth: what `Samples.truth` gave for the same samples, on the same device.
         """
 
+    def row_loss(self, outputs: Tensor, truth: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same of outputs (m, outputs) and truth (m, …) as `finetune.judge.flat_features` gives it."""
+        return self.loss(outputs, truth, label_smoothing)
+
     @abstractmethod
     def decide(self, outputs: Tensor) -> Tensor:
         """What is judged and told of outputs, on their device: probabilities, values, tags or classes of pixels."""

@@ -96,6 +96,10 @@ class Segmentation(Target):
         """Cross-entropy of each known pixel."""
         return cross_entropy(rearrange(self.enlarged(outputs), "b c h w -> b h w c"), truth, label_smoothing)
 
+    def row_loss(self, outputs: Tensor, truth: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of each patch, whose truth is its commonest class."""
+        return cross_entropy(outputs, truth, label_smoothing)
+
     def decide(self, outputs: Tensor) -> Tensor:
         return self.enlarged(outputs.float()).argmax(dim=1)
 

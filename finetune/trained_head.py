@@ -97,7 +97,7 @@ def _try(
         head = _train(features, truth, target, seed, settings, width, rate)
         with torch.no_grad():
             outputs = head(asked)
-        total, targets = target.loss(outputs, answers)
+        total, targets = target.row_loss(outputs, answers)
         loss = float(total / targets.clamp(min=1))
         if math.isfinite(loss):
             trials[width, rate] = (0.0 if target.dense else _merit(target, outputs, answers), -loss)
@@ -123,7 +123,7 @@ def _train(
     for step, positions in enumerate(_batches(len(features), steps, settings.batch_size, seed)):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine((step + 0.5) / steps, rate, settings.warmup)
-        loss_sum, count = target.loss(head(features[positions]), truth[positions], settings.label_smoothing)
+        loss_sum, count = target.row_loss(head(features[positions]), truth[positions], settings.label_smoothing)
         (loss_sum / count.clamp(min=1)).backward()
         torch.nn.utils.clip_grad_norm_(head.parameters(), settings.clip)
         optimizer.step()

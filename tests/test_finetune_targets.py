@@ -331,8 +331,15 @@ def test_a_budget_counts_samples_and_the_baseline_sees_no_input(export: Path, tm
 TINY = {"cpu": True, "min_steps": 3, "epochs": 0.1, "batch_size": 8, "lr": 1e-3, "strength": 1.0, "hidden": 0}
 
 
-@pytest.mark.parametrize("strategy", ["frozen", "lora", "dora", "lp-ft", "gradual"])
-@pytest.mark.parametrize(("task", "kind", "make"), KINDS)
+QUICKLY = {("segmentation", "frozen"), ("tokens", "lora"), ("segmentation", "dora"), ("tokens", "gradual")}
+EVERY = [
+    pytest.param(strategy, *case, marks=() if (case[0], strategy) in QUICKLY else pytest.mark.slow)
+    for case in KINDS
+    for strategy in ("frozen", "lora", "dora", "lp-ft", "gradual")
+]
+
+
+@pytest.mark.parametrize(("strategy", "task", "kind", "make"), EVERY)
 def test_every_strategy_takes_every_kind(
     strategy: str, task: str, kind: str, make: Make, export: Path, text_export: Path, tmp_path: Path
 ) -> None:
@@ -348,7 +355,7 @@ def test_every_strategy_takes_every_kind(
     assert bool(moved) == (strategy != "frozen")
 
 
-@pytest.mark.parametrize(("task", "kind", "make"), [KINDS[2], KINDS[3], KINDS[5]])
+@pytest.mark.parametrize(("task", "kind", "make"), [pytest.param(*KINDS[0], marks=pytest.mark.slow), KINDS[2]])
 def test_lp_ft_begins_as_the_linear_strategy_ends(
     task: str, kind: str, make: Make, export: Path, text_export: Path, tmp_path: Path
 ) -> None:
