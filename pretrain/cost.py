@@ -84,6 +84,7 @@ def count_step(recipe: Recipe, microbatch: int, accumulation: int, device: Liter
         batch = blank_batch(recipe, microbatch, fake)
         work = _passes(recipe, objective, batch, accumulation, ledger)
         optimizer = build_optimizer(objective, recipe.optimizer)
+        optimizer.step()  # makes its state, once
         with ledger:
             optimizer.step()
             objective.after_step(0.5, ledger.statistics)

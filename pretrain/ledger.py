@@ -25,6 +25,7 @@ _FREE = {
     "lift_fresh",
     "set_",
     "_local_scalar_dense",
+    "device",
 }
 """Change no byte, though they are no views to torch."""
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
