@@ -41,6 +41,8 @@ class Encoder(nn.Module, ABC):
     """The export's `headwater/export.json`, `{}` for a folder made by another tool."""
     folder: Path | None
     """Where the weights came from; None for controls that have none."""
+    one_a_row: bool = False
+    """Whether something on the network's modules tells samples apart by their row: then none may share one."""
 
     @abstractmethod
     def inputs(self, batch: Any, augment: Augmentation | None = None) -> tuple[Tensor, ...]:

@@ -33,6 +33,8 @@ class StochasticDepth:
         blocks = list(_blocks(encoder))
         if not blocks:
             raise UserError(f"{type(encoder).__name__} has no residual branches known to drop_path; leave it out")
+        self.encoder = encoder
+        encoder.one_a_row = True
         for module in encoder.modules():
             if isinstance(module, DropPath):
                 module.drop_prob = 0.0  # what pre-training set; it would draw from the process-wide state
@@ -52,6 +54,7 @@ class StochasticDepth:
 
     def remove(self) -> None:
         """Leave the encoder as it was."""
+        self.encoder.one_a_row = False
         for handle in self._handles:
             handle.remove()
 

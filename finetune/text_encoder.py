@@ -19,6 +19,7 @@ from data.batch import TextBatch
 from data.errors import UserError
 from data.tokenizer import load, special_ids
 from finetune.encoder import Augmentation, Encoder, Pooling
+from finetune.packing import pack
 from pretrain.encoders.modernbert import Loaded, from_modernbert, split_adapter, to_modernbert
 from pretrain.encoders.text import TextEncoder
 
@@ -124,6 +125,11 @@ class DocumentEncoder(Encoder):
 
     def tokens(self, *inputs: Tensor) -> Tensor:
         tokens, documents = inputs
+        # Elsewhere a look at the lengths would make the device wait.
+        packs = tokens.device.type == "cpu" and not self.one_a_row
+        packed = pack(tokens, documents, self.pad) if packs else None
+        if packed is not None:
+            return packed.unpack(self.model(packed.tokens, packed.documents, causal=self.loaded.causal))
         hidden: Tensor = self.model(tokens, documents, causal=self.loaded.causal)
         return hidden
 
