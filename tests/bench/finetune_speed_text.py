@@ -6,6 +6,8 @@
 - **full**: a classifier on top, AdamW, cosine schedule. The other side is `AutoModelForSequenceClassification` with
   `Trainer`, dynamic padding by `DataCollatorWithPadding`; nothing is evaluated, saved or reported. The hidden layer of
   its prediction head is left out, so that both sides train encoder and linear classifier alone.
+
+On a CPU ours lets short texts share rows (`finetune/packing.py`), where the others pad each to the batch's longest.
 """
 
 from __future__ import annotations
