@@ -14,7 +14,7 @@ from finetune.reading import read
 from finetune.results import FORMAT, write_results
 from finetune.samples import ImageSamples
 from finetune.settings import Settings
-from finetune.study import summarize, told
+from finetune.study_targets import summarize, told
 from finetune.tasks import Report
 
 
@@ -30,12 +30,11 @@ def evaluate_targets(
     found = read(test, model.encoder, model.target.name, model.target)
     samples = found.samples
     judged = judge(model.encoder, model.head, samples, settings, accelerator_for(settings))
-    score = judged.score()
-    report(f"evaluate: {told(model.target, score)}, {len(samples):,} test samples")
+    report(f"evaluate: {told(judged)}, {len(samples):,} test samples")
     results = {
         "format": FORMAT,
         "task": model.target.name,
-        **summarize(model.target, [judged], [score]),
+        **summarize([judged]),
         "seconds": round(time.perf_counter() - started, 3),
         "test": {"samples": len(samples), "fingerprint": found.fingerprint},
         "classes": model.classes,

@@ -12,34 +12,9 @@ import torch
 
 from data.files import write_atomically
 from finetune.encoder import Encoder
-from finetune.evidence import Score, interval
 from finetune.tasks import Task
 
 FORMAT = 1
-
-
-def seed_entry(seed: int, labels: int, score: Score, seconds: float, chosen: dict[str, Any]) -> dict[str, Any]:
-    """One seed's line of the results."""
-    return {
-        "seed": seed,
-        "labels": labels,
-        "accuracy": score.accuracy,
-        "interval": list(score.interval),
-        "macro_f1": score.macro_f1,
-        "seconds": round(seconds, 3),
-        "chosen": chosen,
-    }
-
-
-def summarize(scores: list[Score], entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds, and the 95 % interval over seeds and test items."""
-    return {
-        "accuracy": float(np.mean([score.accuracy for score in scores])),
-        "interval": list(interval(np.stack([score.correct for score in scores]))),
-        "macro_f1": float(np.mean([score.macro_f1 for score in scores])),
-        "seconds": round(sum(entry["seconds"] for entry in entries), 3),
-        "runs": entries,
-    }
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
@@ -57,11 +32,9 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def describe_task(task: Task) -> dict[str, Any]:
-    """The data: classes, sizes, fingerprints, and what always naming the commonest class would score."""
-    common = int(np.bincount(task.train.labels).argmax())
+def describe_data(task: Task) -> dict[str, Any]:
+    """The data: names, sizes, fingerprints."""
     return {
-        "task": "classification",
         "classes": task.classes,
         "train": {"samples": len(task.train), "fingerprint": task.fingerprints["train"]},
         "test": {
@@ -69,8 +42,18 @@ def describe_task(task: Task) -> dict[str, Any]:
             "fingerprint": task.fingerprints["test"],
             "held_out": task.held_out,
         },
-        "majority_accuracy": float((task.test.labels == common).mean()),
     }
+
+
+def majority_accuracy(task: Task) -> float:
+    """What always naming the commonest training class would score."""
+    common = int(np.bincount(task.train.labels).argmax())
+    return float((task.test.labels == common).mean())
+
+
+def describe_task(task: Task) -> dict[str, Any]:
+    """A classification's data, and what always naming the commonest class would score."""
+    return {"task": "classification", **describe_data(task), "majority_accuracy": majority_accuracy(task)}
 
 
 def write_results(path: Path, results: dict[str, Any]) -> None:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from data.errors import UserError
 from finetune.encoder import Encoder, load_encoder
-from finetune.evidence import Score, score
-from finetune.features import accelerator_for, extract
+from finetune.features import accelerator_for
 from finetune.model import TaskModel, claim, publish
-from finetune.results import FORMAT, describe_encoder, describe_task, seed_entry, summarize, write_results
-from finetune.samples import Ints
-from finetune.settings import Settings, Strategy, settings_from
-from finetune.splits import subset
-from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
-from finetune.study import study_targets
+from finetune.results import write_results
+from finetune.settings import settings_from
+from finetune.strategies import FROZEN, strategy_from
+from finetune.study import Study, study
+from finetune.study_classes import ClassCases
+from finetune.study_targets import TargetCases
 from finetune.targets import task_from
-from finetune.tasks import Report, Task, load_task, settle
+from finetune.tasks import Report, Task, load_task
 from finetune.train import CHOICE, Trace
 from pretrain.accelerator import on_main
 
@@ -81,8 +76,11 @@ def finetune(
         if hidden is not None and encoder.folder is None:
             raise UserError("a control without weights cannot be saved as a model; leave the output out")
         data = train if isinstance(train, Task) else load_task(train, test, encoder, kind)
-        study = _study if data.target.name == "classification" else study_targets
-        results, first = study(encoder, data, chosen, labels_per_class, list(seeds), options, report, trace)
+        plan = Study(encoder, data, chosen, labels_per_class, seeds, options)
+        if data.target.name == "classification":
+            results, first = study(ClassCases, plan, report, trace)
+        else:
+            results, first = study(TargetCases, plan, report, trace)
         if hidden is not None and place is not None:
             on_main(accelerator, lambda: _publish(first, results, hidden, place, trace))
     finally:
@@ -105,77 +103,3 @@ def _publish(model: TaskModel, results: dict[str, Any], hidden: Path, place: Pat
 
 def _silent(_: str) -> None:
     pass
-
-
-def _study(
-    encoder: Encoder,
-    task: Task,
-    strategy: Strategy,
-    budget: int | None,
-    seeds: list[int],
-    settings: Settings,
-    report: Report,
-    trace: Trace | None,
-) -> tuple[dict[str, Any], TaskModel]:
-    """Every seed's model fitted and judged; the results and the first seed's model."""
-    subsets = [subset(task.train.labels, budget, seed) for seed in seeds]
-    if task.held_out:
-        report(f"no test set given: {len(task.test):,} of the labelled samples are held out as one")
-    started = time.perf_counter()
-    fit = _fitter(encoder, task, strategy, subsets, settings, report)
-    preparation = time.perf_counter() - started
-    scores: list[Score] = []
-    entries: list[dict[str, Any]] = []
-    first: TaskModel | None = None
-    for seed, positions in zip(seeds, subsets, strict=True):
-        started = time.perf_counter()
-        model, probabilities = fit(seed, positions, trace if first is None else None)
-        seconds = time.perf_counter() - started
-        scores.append(score(probabilities, task.test.labels))
-        entries.append(seed_entry(seed, len(positions), scores[-1], seconds, model.about["chosen"]))
-        report(_line(f"{strategy}, {len(positions):,} labels, seed {seed}", scores[-1], f"{seconds:.1f} s"))
-        if first is None:
-            model.about |= {"strategy": strategy, "seed": seed, "labels": len(positions)}
-            first = model
-    assert first is not None
-    head = {"format": FORMAT, "strategy": strategy, "labels_per_class": budget, "seeds": seeds}
-    results = head | summarize(scores, entries) | describe_task(task)
-    results |= {"preparation_seconds": round(preparation, 3), "encoder": describe_encoder(encoder)}
-    precision = accelerator_for(settings).mixed_precision
-    results["settings"] = settings.model_dump(mode="json") | {"precision": precision}
-    first.about["encoder"] = results["encoder"]
-    return results, first
-
-
-_Fit = Callable[[int, Ints, Trace | None], tuple[TaskModel, np.ndarray]]
-
-
-def _fitter(
-    encoder: Encoder, task: Task, strategy: Strategy, subsets: list[Ints], settings: Settings, report: Report
-) -> _Fit:
-    """A function (seed, positions) -> model and its test probabilities; shares what seeds can share."""
-    accelerator = accelerator_for(settings)
-    needed = np.unique(np.concatenate(subsets))
-    pool = task.train.select(needed)
-    settle(pool, report)
-    settle(task.test, report)
-    labels = torch.from_numpy(pool.labels)
-    if strategy in FROZEN:
-        features = extract(encoder, pool, settings, accelerator)
-        judged = extract(encoder, task.test, settings, accelerator)
-
-    def fit(seed: int, positions: Ints, trace: Trace | None) -> tuple[TaskModel, np.ndarray]:
-        rows = np.searchsorted(needed, positions)
-        if strategy in FROZEN:
-            known = torch.from_numpy(rows)
-            model = fit_frozen(strategy, encoder, features[known], labels[known], task.classes, seed, settings)
-            return model, model.from_features(judged).numpy()
-        model = fit_trained(strategy, encoder, pool.select(rows), task.classes, seed, settings, accelerator, trace)
-        return model, model.probabilities(task.test, settings).numpy()
-
-    return fit
-
-
-def _line(name: str, judged: Score, rest: str) -> str:
-    low, high = (100 * bound for bound in judged.interval)
-    return f"{name}: accuracy {100 * judged.accuracy:.1f} % ({low:.1f} to {high:.1f}), {rest}"

@@ -20,7 +20,7 @@ from finetune.evaluation import evaluate
 from finetune.judge import commonest, score_intervals
 from finetune.model import load_model
 from finetune.run import finetune
-from finetune.study import baseline
+from finetune.study_targets import baseline
 from finetune.targets import IGNORED, Classification, Target, target_from
 from finetune.targets_dense import Segmentation, Tags
 from finetune.targets_vector import MultiLabel, Regression
