@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_a_run_is_named(tiny: Path, tmp_path: Path, caps
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["finetune", "{tmp}/nowhere", "{digits}/train"], "nowhere is not a folder"),
+        (["finetune", "{tmp}/nowhere", "{digits}/train"], "nowhere' is not a folder"),
         (["finetune", "{tmp}", "{digits}/train"], "config.json"),
         (["export", "{tmp}", "{tmp}/out"], "is no run folder"),
         (["inspect", "{tmp}/nowhere"], "nowhere"),

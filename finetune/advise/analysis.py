@@ -33,7 +33,7 @@ def analyse(
         return about | {"accuracy": [], "recommendation": {"arm": None, "benefit": None, "text": none}}
     table = Table(cells, arms)
     gains = benefits(table)
-    advice = recommend(table, gains)
+    advice = recommend(table, gains, 1 / classes)
     about |= {
         "trials": _trials(table),
         "accuracy": _accuracies(table),

@@ -12,11 +12,11 @@ MARGIN = 0.01
 """Accuracy that a cheaper way may cost."""
 
 
-def recommend(table: Table, gains: list[dict[str, Any]]) -> dict[str, Any]:
+def recommend(table: Table, gains: list[dict[str, Any]], chance: float) -> dict[str, Any]:
     """What to use with the labels at hand (the largest budget that was run), and with fewer.
 
     At each budget it is the cheapest arm shown to be within `MARGIN` of the best: the upper end of the paired
-    95 % interval of its shortfall is no more. Controls can be recommended too.
+    95 % interval of its shortfall is no more. Controls can be recommended too. `chance` is the accuracy of guessing.
     """
     by_budget = [choice for labels in table.budgets if (choice := _choose(table, labels)) is not None]
     if not by_budget:
@@ -26,8 +26,8 @@ def recommend(table: Table, gains: list[dict[str, Any]]) -> dict[str, Any]:
     benefit = any(row["helps"] for row in gains) if gains else None
     sentences = [_advice(last), _benefit(gains, gain)]
     common = table.accuracy.get(("majority", last["labels"]))
-    if common is not None and last["interval"][0] <= common.value:
-        sentences.insert(1, "That is not shown to be better than always naming the commonest class.")
+    if last["interval"][0] <= max(chance, common.value if common is not None else 0.0):
+        sentences.insert(1, "That is not shown to be better than guessing or always naming the commonest class.")
     changes = [c for c, after in pairwise(by_budget) if c["arm"] != after["arm"]]
     if changes:
         sentences.append("With fewer: " + "; ".join(f"up to {c['labels']:,}, {c['arm']}" for c in changes) + ".")

@@ -42,8 +42,10 @@ from pretrain.recipe_file import load_recipe
 from pretrain.reload import load_objective
 from pretrain.run import read_metrics
 
-BUDGETS: dict[int | None, int] = {100: 5, 1000: 3, None: 3}
+BUDGETS: dict[int | None, int] = {100: 5, 1000: 3, None: 2}
 """Labels in all (None: every one) and draws of them."""
+TUNING: dict[str, Any] = {"lr": 1e-3, "precision": "bf16", "min_steps": 200, "epochs": 4}
+"""Of all that is trained, pre-trained or not: one rate, half of the pre-training's, and no sweep."""
 EVERY = 16
 """One token in so many is hidden, so that both its neighbours can be seen: by the trigram model, too."""
 Ints = NDArray[np.int64]
@@ -198,7 +200,8 @@ def judged(
         for name, (strategy, bag) in names.items():
             source = BagOfTokens(encoder) if bag else encoder
             a_class = None if labels is None else labels // 2
-            result = finetune(source, task, strategy=strategy, labels_per_class=a_class, seeds=range(draws))
+            tuning = TUNING if strategy in ("full", "scratch") else {}
+            result = finetune(source, task, strategy=strategy, labels_per_class=a_class, seeds=range(draws), **tuning)
             key = f"{name}, {labels or 'all'} labels"
             found[key] = {"accuracy": result["accuracy"], "interval": result["interval"], "draws": draws}
             print(key, found[key], flush=True)
