@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.output import tell, to_stderr
+from launch.parsers import add_command, add_json
 
 
 def add(sub: argparse._SubParsersAction) -> None:
     """Put the command into the command line."""
     text = "label-budget study: which strategy with how many labels, and is pre-training worth it"
-    parser = sub.add_parser("advise", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=advise)
+    parser = add_command(sub, "advise", advise, text)
     parser.add_argument("encoder", help="an export's folder")
     parser.add_argument("train", help="labelled shards, or a table or folder of labelled text")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the strategies, e.g. epochs=10")
@@ -29,7 +29,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--targets", metavar="A,A,…", help="accuracies to tell the labels for, such as 0.6,0.8")
     parser.add_argument("--output", type=Path, default=Path("advise"), help="folder of the study (default: advise)")
     parser.add_argument("--overwrite", action="store_true", help="start afresh instead of going on")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)
 
 
 def advise(arguments: argparse.Namespace) -> int:

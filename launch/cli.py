@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from launch import (
@@ -17,8 +16,7 @@ from launch import (
     shard_commands,
     task_commands,
 )
-
-Command = Callable[[argparse.Namespace], int]
+from launch.parsers import add_command, add_json
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,18 +88,10 @@ def check_packages() -> None:
             raise UserError(f"another package named {name!r} ({origin}) hides headwater's; run from another folder")
 
 
-def _add(sub: argparse._SubParsersAction, name: str, command: Command, text: str) -> argparse.ArgumentParser:
-    parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
 def _quickstart(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "quickstart", commands.quickstart, "the whole pipeline on embedded data, in minutes, offline")
+    parser = add_command(
+        sub, "quickstart", commands.quickstart, "the whole pipeline on embedded data, in minutes, offline"
+    )
     parser.add_argument("kind", nargs="?", choices=["images", "text"], default="images")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder for everything it makes")
     parser.add_argument("--seeds", type=int, default=5, help="draws of the labelled samples (default: 5)")
@@ -110,7 +100,7 @@ def _quickstart(sub: argparse._SubParsersAction) -> None:
 def _shard(sub: argparse._SubParsersAction) -> None:
     shard = sub.add_parser("shard", help="turn files into tar shards with an index")
     kinds = shard.add_subparsers(title="kinds", metavar="KIND", required=True)
-    images = _add(kinds, "images", shard_commands.shard_images, "a folder of pictures -> shards")
+    images = add_command(kinds, "images", shard_commands.shard_images, "a folder of pictures -> shards")
     images.add_argument("source", type=Path, help="folder; the first level below it names the labels")
     images.add_argument("out", type=Path, help="folder to make")
     images.add_argument("--labels", type=Path, metavar="CSV", help="table with the columns file and label")
@@ -120,7 +110,7 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     images.add_argument("--quality", type=int, help="encode all as JPEG of this quality (1-95; shrunk ones: 90)")
     images.add_argument("--dedup", action="store_true", help="store only the first of files with the same bytes")
     images.add_argument("--beside", nargs="+", default=[], metavar="EXT", help="store files beside pictures: txt json")
-    text = _add(
+    text = add_command(
         kinds, "text", shard_commands.shard_text, "text, JSONL or parquet files (.gz, .zst too) -> shards of token ids"
     )
     text.add_argument("source", nargs="+", type=Path, help="files and folders")
@@ -133,32 +123,34 @@ def _shard(sub: argparse._SubParsersAction) -> None:
     )
     text.add_argument("--validation", type=float, default=0.005, help="share of documents held out (default: 0.005)")
     text.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core)")
-    convert = _add(kinds, "convert", shard_commands.shard_convert, "tars made elsewhere, compressed ones too -> shards")
+    convert = add_command(
+        kinds, "convert", shard_commands.shard_convert, "tars made elsewhere, compressed ones too -> shards"
+    )
     convert.add_argument("source", nargs="+", help="tars, folders, patterns; paths or URLs")
     convert.add_argument("out", type=Path, help="folder to make")
     convert.add_argument("--shard-size", type=int, default=10_000, help="pictures a shard (default: 10000)")
     convert.add_argument("--salvage", action="store_true", help="take what can be read of damaged and joined tars")
     convert.add_argument("--last-dot", action="store_true", help="keys end at a name's last dot, not at its first")
     combine_commands.add_corrupt(kinds)
-    merge = _add(kinds, "merge", shard_commands.shard_merge, "join the parts of a dataset that --part wrote")
+    merge = add_command(kinds, "merge", shard_commands.shard_merge, "join the parts of a dataset that --part wrote")
     merge.add_argument("out", type=Path, help="folder that the parts were written to")
-    _json(merge)
+    add_json(merge)
     for parser in (images, text):
         parser.add_argument("--part", metavar="I/N", help="write part I (from 0) of N; then: headwater shard merge OUT")
     for parser in (images, text, convert):
         parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-        _json(parser)
+        add_json(parser)
 
 
 def _inspect(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "inspect", shard_commands.inspect, "what shards hold, and whether they are whole")
+    parser = add_command(sub, "inspect", shard_commands.inspect, "what shards hold, and whether they are whole")
     parser.add_argument("shards", help="folder or glob of shards")
     parser.add_argument("--fast", action="store_true", help="skip the checksums and the search for duplicates")
-    _json(parser)
+    add_json(parser)
 
 
 def _pretrain(sub: argparse._SubParsersAction) -> None:
-    parser = _add(
+    parser = add_command(
         sub,
         "pretrain",
         commands.pretrain,
@@ -179,22 +171,24 @@ def _pretrain(sub: argparse._SubParsersAction) -> None:
 
 
 def _replay(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "replay", commands.replay, "one step of a run again: loss, gradient by layer, bad samples")
+    parser = add_command(
+        sub, "replay", commands.replay, "one step of a run again: loss, gradient by layer, bad samples"
+    )
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("step", type=int, help="as in metrics.jsonl; RUN/bad lists the bad ones")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings to change, e.g. data.train=SHARDS")
     parser.add_argument("--from", dest="start", type=Path, metavar="CHECKPOINT", help="state to start from")
-    _json(parser)
+    add_json(parser)
 
 
 def _status(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "status", commands.status, "how runs are going: progress, speed, time left, health")
+    parser = add_command(sub, "status", commands.status, "how runs are going: progress, speed, time left, health")
     parser.add_argument("runs", nargs="*", type=Path, default=[Path("runs")], help="run folders (default: runs)")
-    _json(parser)
+    add_json(parser)
 
 
 def _report(sub: argparse._SubParsersAction) -> None:
-    parser = _add(sub, "report", commands.report, "one HTML page about a run: curves, pictures, environment")
+    parser = add_command(sub, "report", commands.report, "one HTML page about a run: curves, pictures, environment")
     parser.add_argument("run", type=Path, help="run folder; the page is written into it")
     parser.add_argument(
         "--no-pictures", action="store_true", help="leave out what the model sees (does not load torch)"

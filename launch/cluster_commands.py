@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.parsers import add_command
+
 
 def add(sub: argparse._SubParsersAction) -> None:
     """Put `launch` and its kinds into the command line."""
@@ -37,8 +39,7 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 
 def _kind(kinds: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    parser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=command)
+    parser = add_command(kinds, name, command, text)
     parser.add_argument("recipe", help="recipe file, or the name of one of ours")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--output", type=Path, help="run folder that all nodes share (default: runs/NAME)")
@@ -50,8 +51,7 @@ def _kind(kinds: argparse._SubParsersAction, name: str, command: Any, text: str)
 
 def _shard(kinds: argparse._SubParsersAction) -> None:
     text = "write and submit a SLURM array that shards a dataset in parts and then joins them"
-    parser = kinds.add_parser("shard", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=run_shard)
+    parser = add_command(kinds, "shard", run_shard, text)
     parser.add_argument("kind", choices=["images", "text"], help="as in headwater shard")
     parser.add_argument("source", nargs="+", type=Path, help="folder of pictures, or text files and folders")
     parser.add_argument("out", type=Path, help="folder to make, on a disk that all nodes share")

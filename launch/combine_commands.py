@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.output import tell, to_stderr
+from launch.parsers import add_command, add_json
 
 
 def add(sub: argparse._SubParsersAction) -> None:
@@ -20,18 +21,18 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 def add_corrupt(kinds: argparse._SubParsersAction) -> None:
     """`headwater shard corrupt`, among the kinds of `headwater shard`."""
-    parser = _command(kinds, "corrupt", corrupt, "a corrupted copy of a set of pictures, to judge robustness on")
+    parser = add_command(kinds, "corrupt", corrupt, "a corrupted copy of a set of pictures, to judge robustness on")
     parser.add_argument("source", help="shards of pictures")
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--kind", default="noise", help="noise, blur, contrast, brightness or jpeg (default: noise)")
     parser.add_argument("--severity", type=int, default=3, help="1 (mild) to 5, as in CIFAR-10-C and ImageNet-C (3)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    _json(parser)
+    add_json(parser)
 
 
 def _ensemble(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "ensemble", ensemble, "several task models -> one that averages their probabilities")
+    parser = add_command(sub, "ensemble", ensemble, "several task models -> one that averages their probabilities")
     parser.add_argument("models", nargs="+", type=Path, metavar="model", help="folders that finetune --output made")
     parser.add_argument("--test", help="labelled data to judge it and each member on")
     parser.add_argument("--validation", help="labelled data that no member saw, to choose the weights on")
@@ -40,7 +41,7 @@ def _ensemble(sub: argparse._SubParsersAction) -> None:
 
 
 def _soup(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "soup", soup, "task models fine-tuned from one encoder -> one with their average weights")
+    parser = add_command(sub, "soup", soup, "task models fine-tuned from one encoder -> one with their average weights")
     parser.add_argument("models", nargs="+", type=Path, metavar="model", help="folders that finetune --output made")
     parser.add_argument("--validation", required=True, help="labelled data that no model saw, to choose members on")
     parser.add_argument("--test", help="labelled data to judge soups, members and their ensemble on")
@@ -50,7 +51,7 @@ def _soup(sub: argparse._SubParsersAction) -> None:
 
 
 def _interpolate(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "interpolate", interpolate, "the models between a probe and its fine-tuned successor")
+    parser = add_command(sub, "interpolate", interpolate, "the models between a probe and its fine-tuned successor")
     parser.add_argument("probe", type=Path, help="model with the encoder as it was (finetune --strategy linear)")
     parser.add_argument("tuned", type=Path, help="model fine-tuned from the same encoder, best by --strategy lp-ft")
     parser.add_argument("--test", help="labelled data like the training data")
@@ -65,7 +66,7 @@ def _interpolate(sub: argparse._SubParsersAction) -> None:
 
 
 def _multitask(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "multitask", multitask, "several tasks over one encoder, beside each alone")
+    parser = add_command(sub, "multitask", multitask, "several tasks over one encoder, beside each alone")
     parser.add_argument("encoder", help="an export's folder")
     parser.add_argument(
         "settings",
@@ -81,7 +82,9 @@ def _multitask(sub: argparse._SubParsersAction) -> None:
 
 
 def _adapt(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "adapt", adapt, "go on pre-training on a domain's unlabelled data, fine-tune, and compare")
+    parser = add_command(
+        sub, "adapt", adapt, "go on pre-training on a domain's unlabelled data, fine-tune, and compare"
+    )
     parser.add_argument("export", type=Path, help="an export of ours")
     parser.add_argument("unlabelled", help="shards of the domain (text: made with the export's tokenizer)")
     parser.add_argument("train", help="labelled data of the domain")
@@ -99,7 +102,7 @@ def _adapt(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--lr-share", type=float, default=0.5, help="of the first pre-training's peak rate (0.5)")
     parser.add_argument("--steps", type=int, help="of continued pre-training (default: a quarter of the first one's)")
     parser.add_argument("--output", type=Path, required=True, help="folder for everything; the same command resumes")
-    _json(parser)
+    add_json(parser)
 
 
 def corrupt(arguments: argparse.Namespace) -> int:
@@ -304,14 +307,4 @@ def _saved(arguments: argparse.Namespace) -> list[str]:
 def _output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder for the model and results.json")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    _json(parser)
-
-
-def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.output import tell
+from launch.parsers import add_command, add_json
 
 FORMATS = ("timm", "transformers", "torchvision", "onnx", "torch")
 
@@ -17,12 +18,11 @@ def add(sub: argparse._SubParsersAction) -> None:
     text = (
         "a run's newest checkpoint, or a fine-tuned model -> a folder for timm, transformers, torchvision, ONNX, torch"
     )
-    parser = sub.add_parser("export", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=export)
+    parser = add_command(sub, "export", export, text)
     parser.add_argument("source", metavar="source", help="run folder, folder that finetune --output made, or an export")
     parser.add_argument("out", type=Path, help="folder to make or replace")
     parser.add_argument("--format", choices=FORMATS, help="default: timm for pictures, transformers for text")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)
 
 
 def export(arguments: argparse.Namespace) -> int:

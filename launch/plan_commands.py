@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from launch.output import tell
+from launch.parsers import add_command, add_json
 
 
 def add(sub: argparse._SubParsersAction) -> None:
     """Put the command into the command line."""
     text = "what a recipe needs on a cluster, and what it will run into first; needs neither GPU nor data"
-    parser = sub.add_parser("plan", help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=run_plan)
+    parser = add_command(sub, "plan", run_plan, text)
     parser.add_argument("recipe", help="recipe file, or the name of one of ours")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the recipe")
     parser.add_argument("--gpu", default="h200", help="a100, h100, h200 or b200; cpu for this machine (default: h200)")
@@ -23,7 +23,7 @@ def add(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--cores", type=int, help="CPU cores of a node (default: 14 for each GPU)")
     parser.add_argument("--samples", type=int, help="training samples (default: those of the data)")
     parser.add_argument("--days", type=float, help="time there is; says how many GPUs that takes")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    add_json(parser)
 
 
 def run_plan(arguments: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from data.errors import UserError
 from finetune.__main__ import add_arguments, scores
 from finetune.__main__ import settings_of as settings_of
 from launch.output import tell, to_stderr
+from launch.parsers import add_command, add_json
 
 if TYPE_CHECKING:
     from finetune.ensemble import Ensemble
@@ -26,24 +27,24 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 
 def _finetune(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "finetune", finetune, "an exported encoder and labels -> a task model and its results")
+    parser = add_command(sub, "finetune", finetune, "an exported encoder and labels -> a task model and its results")
     add_arguments(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="processes (default: one for each GPU)")
 
 
 def _evaluate(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "evaluate", evaluate, "judge a saved task model on labelled data")
+    parser = add_command(sub, "evaluate", evaluate, "judge a saved task model on labelled data")
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
     parser.add_argument("test", help="labelled data")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, e.g. inference_batch=64")
     parser.add_argument("--calibrate", metavar="DATA", help="labelled data to fit the model's temperature on, first")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="folder for results.json, items.csv, diagrams")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    _json(parser)
+    add_json(parser)
 
 
 def _predict(sub: argparse._SubParsersAction) -> None:
-    parser = _command(sub, "predict", predict, "labels for new files from a saved task model")
+    parser = add_command(sub, "predict", predict, "labels for new files from a saved task model")
     parser.add_argument("model", type=Path, help="folder that finetune --output made")
     help = "pictures, folders, shards, patterns; texts, text files, tables; or - for standard input"
     parser.add_argument("inputs", nargs="+", metavar="input", help=help)
@@ -150,13 +151,3 @@ def _written(model: TaskModel | Ensemble, arguments: argparse.Namespace) -> Abst
     if arguments.output is None or arguments.format is not None:
         raise UserError("a segmentation is written as masks; give a folder for them with --output, and no --format")
     return written_masks(arguments.output, model.classes, arguments.overwrite)
-
-
-def _command(sub: argparse._SubParsersAction, name: str, command: Any, text: str) -> argparse.ArgumentParser:
-    parser = sub.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(command=command)
-    return parser
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
