@@ -43,6 +43,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found | {"untrained": untrained, "trained": root / "m" / "encoder"}
 
 
+@pytest.mark.slow
 def test_an_encoder_that_is_better_is_found(halves: dict[str, Path], tmp_path: Path) -> None:
     results = _study(halves["trained"], halves["train"], halves["test"], tmp_path / "out")
     assert results["recommendation"]["benefit"] is True
@@ -51,12 +52,14 @@ def test_an_encoder_that_is_better_is_found(halves: dict[str, Path], tmp_path: P
     assert results["benefit"][0]["difference"] > 0.1
 
 
+@pytest.mark.slow
 def test_an_untrained_source_gives_no_benefit(halves: dict[str, Path], tmp_path: Path) -> None:
     results = _study(halves["untrained"], halves["train"], halves["test"], tmp_path / "out")
     assert results["recommendation"]["benefit"] is False
     assert "No measurable benefit" in results["recommendation"]["text"]
 
 
+@pytest.mark.slow
 def test_shuffled_labels_give_chance_and_no_benefit(halves: dict[str, Path], tmp_path: Path) -> None:
     images, labels = digits(shuffled=True)
     train = write_images(tmp_path / "train", images[800:1300], labels[800:1300], NAMES)

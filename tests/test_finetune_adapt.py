@@ -68,6 +68,7 @@ def test_pictures_are_adapted_compared_and_resumed(
         adapt(source, target, Plan("full", 5, (0, 1, 2), steps=6), tmp_path / "parts", report=_silent, **QUICK)
 
 
+@pytest.mark.slow
 def test_text_goes_on_with_its_own_objective(sentences: Path, tmp_path: Path) -> None:
     export = train(recipe("masked_language", sentences, {"train.steps": 8}), tmp_path / "run")
     data = write_tsv(tmp_path / "train.tsv", *labelled(40, 1)), write_tsv(tmp_path / "test.tsv", *labelled(60, 2))
@@ -82,6 +83,7 @@ def test_text_goes_on_with_its_own_objective(sentences: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
 
 
+@pytest.mark.slow
 def test_before_is_the_export_itself(source: Path, digits: Path, tmp_path: Path) -> None:
     """A continuation that changes nothing forgets and gains nothing."""
     target = Target(str(digits / "train"), str(digits / "train"), str(digits / "test"), str(digits / "test"))

