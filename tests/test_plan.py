@@ -181,8 +181,10 @@ def test_a_thousand_gpus_and_ten_billion_samples() -> None:
 
 
 @pytest.mark.slow
-def test_predictions_hold_on_this_machine(digits: Path, sentences: Path, tmp_path: Path) -> None:
-    """Within a factor of two for memory and of four for seconds: other tests may run beside this one."""
+def test_predictions_hold_on_this_machine(sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a factor of two for seconds and for memory, of which an idle machine shows much less."""
+    # With one thread processor time is counted, which other work on the machine stretches least.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).parent / "bench"))
     import importlib
 
@@ -191,5 +193,5 @@ def test_predictions_hold_on_this_machine(digits: Path, sentences: Path, tmp_pat
     text = tmp_path / "text"
     text.symlink_to(sentences)
     for row in bench.compare("", str(text), ["next_token_small"]):
-        for name, most in (("seconds", 4), ("bytes", 2)):
-            assert 1 / most < row["predicted"][name] / row["measured"][name] < most, (name, row)
+        for name in ("seconds", "bytes"):
+            assert 0.5 < row["predicted"][name] / row["measured"][name] < 2, (name, row)
