@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import psutil
+import torch
 
 from data.errors import UserError
 from launch.plan_data import Source, look_at
 from launch.plan_devices import CORES, LINKS, PUBLISHED, STORAGE, accelerator
 from launch.plan_rates import Measured, Rates, Roofline, Seconds, measure_cpu
 from pretrain.cost import StepCost, count_step
+from pretrain.precision import best
 from pretrain.recipe import Recipe
 
 _RESERVED = 0.08
@@ -107,6 +109,7 @@ def plan(recipe: Recipe, cluster: Cluster, samples: int | None = None, rates: Ra
     """
     cluster.check()
     recipe, source = look_at(recipe, samples)
+    recipe = recipe.with_precision(best(torch.device("cpu")) if cluster.gpu == "cpu" else "bf16")
     microbatch, accumulation = _split(recipe, cluster.gpus)
     kind = "cpu" if cluster.gpu == "cpu" else "cuda"
     cost = count_step(recipe, microbatch, accumulation, kind)  # type: ignore[arg-type]

@@ -194,6 +194,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def saved_setting(folder: Path, resume: str, section: str, key: str) -> Any:
+    """What the run that goes on from `resume` (see `choose`) was begun with; None where there is none or it is lost."""
+    found = complete(folder)
+    path = (found[-1] if found else None) if resume in ("auto", "never") else Path(resume)
+    try:
+        return None if path is None else read_state(path)["identity"][section].get(key)
+    except (OSError, ValueError, KeyError):
+        return None  # whoever restores it says what is wrong
+
+
 def read_tensors(path: Path, kind: str) -> Stored:
     """The tensors of one kind of a checkpoint that is known to be whole; nothing is read before it is asked for."""
     pattern = re.compile(re.escape(kind) + r"(-\d{5}-of-\d{5})?\.safetensors")

@@ -9,6 +9,7 @@ import torch
 
 from data.loader import Loader
 from pretrain.build import build_objective, open_data, resolve
+from pretrain.precision import best, caution
 from pretrain.recipe import Recipe
 
 _SAMPLES = 16
@@ -28,6 +29,7 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
     data = open_data(recipe)
     recipe = resolve(recipe, data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = recipe.with_precision(best(device)).train.precision
     objective = build_objective(recipe).to(device)
     parameters = sum(p.numel() for p in objective.parameters())
     train = recipe.train
@@ -56,6 +58,8 @@ def estimate(recipe: Recipe) -> dict[str, Any]:
         "encoder_parameters": sum(p.numel() for p in objective.exported().parameters()),
         "weights_and_optimizer_bytes": parameters * _BYTES_A_PARAMETER,
         "device": device.type,
+        "precision": precision,
+        "caution": caution(precision, device),
         "samples_per_second": round(size / min(seconds), 1),
         "hours": round(steps * recipe.train.batch_size / (size / min(seconds)) / 3600, 2),
     }

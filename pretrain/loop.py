@@ -17,6 +17,7 @@ from pretrain.evidence import keep_evidence
 from pretrain.gradient import Sums, global_gradient
 from pretrain.job import Duties, Job
 from pretrain.optim import set_rates
+from pretrain.precision import caution
 from pretrain.preemption import verdict
 from pretrain.pretraining import EXPORT, Pretraining
 from pretrain.progress import ProgressLine
@@ -43,7 +44,7 @@ def train(recipe: Recipe, folder: Path, resume: str = "auto") -> Path:
     Raises:
         UserError, RunFailed, Preempted: see `run`.
     """
-    setup = prepare(recipe, folder)
+    setup = prepare(recipe, folder, resume)
     run(setup, Pretraining(setup), folder, resume)
     setup.accelerator.end_training()
     return folder / EXPORT
@@ -71,6 +72,8 @@ def run(job: Job, duties: Duties, path: Path, resume: str = "auto") -> None:
     on_main(accelerator, lambda: folder.begin(recipe, state.step))
     start_trackers(accelerator, recipe, state.extra)
     line.say(_opening(job, start))
+    if slow := caution(recipe.train.precision, accelerator.device):
+        line.say(slow)
     with (
         job.preemption.listening(),
         folder.watched(state),

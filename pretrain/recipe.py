@@ -63,8 +63,9 @@ class TrainConfig(BaseModel):
     """Passes over the training samples; give this or `steps`."""
     microbatch: int | None = Field(default=None, gt=0)
     """Most samples a process holds at once; the rest of its share is accumulated."""
-    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(spelled)] = "no"
-    """Mixed precision, by Accelerate."""
+    precision: Annotated[Literal["auto", "no", "bf16", "fp16"], BeforeValidator(spelled)] = "no"
+    """Mixed precision, by Accelerate. `auto`: bf16 on a device that multiplies it (CUDA from compute capability 8.0,
+    CPUs with avx512_bf16 or AMX), else no; decided once, when the run begins, and kept when it goes on elsewhere."""
     clip: float | None = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     ema: float | None = Field(default=None, ge=0, lt=1)
@@ -179,6 +180,12 @@ class RunRecipe(BaseModel):
     def hash(self) -> str:
         """Short hash of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def with_precision(self, automatic: str) -> Self:
+        """The recipe with `automatic` for `train.precision=auto`; itself where that is decided."""
+        if self.train.precision != "auto":
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"precision": automatic})})
 
 
 class Recipe(RunRecipe):

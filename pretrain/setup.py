@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from data.errors import UserError
 from data.loader import Loader
 from data.resident import Resident, ResidentLoader
-from pretrain.accelerator import make_accelerator, place, wrap
+from pretrain import checkpoint
+from pretrain.accelerator import make_accelerator, on_main, place, wrap
 from pretrain.activations import recompute
 from pretrain.build import Datasets, build_objective, open_data, resolve
 from pretrain.continuation import take_over
@@ -20,6 +22,7 @@ from pretrain.encoders.vision import VisionConfig
 from pretrain.job import Job
 from pretrain.norm import synchronise
 from pretrain.optim import build_optimizer
+from pretrain.precision import best
 from pretrain.preemption import Preemption
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
@@ -39,15 +42,17 @@ FUSING_PAYS = 2**32
 """Pixels that a process makes of one view of each sample from which compiling is worth its time ten times over."""
 
 
-def prepare(recipe: Recipe, folder: Path) -> Setup:
+def prepare(recipe: Recipe, folder: Path, resume: str = "auto") -> Setup:
     """Everything at its start: initial weights, position 0; writes nothing.
 
     Args:
         folder: of the run, where trackers will write.
+        resume: where the run will go on, see `pretrain.loop.train`; decides what `train.precision=auto` was before.
 
     Raises:
         UserError: recipe, data, machine and number of processes do not fit together.
     """
+    recipe = settle_precision(recipe, folder, resume)
     accelerator = make_accelerator(recipe, folder)
     data = open_data(recipe)
     recipe = resolve(recipe, data)
@@ -74,6 +79,25 @@ def prepare(recipe: Recipe, folder: Path) -> Setup:
     steps = recipe.steps(samples)
     fuse_views(_fuses_views(recipe, accelerator, steps))
     return Setup(recipe, accelerator, state, model, loader, steps, preemption, samples, facts, data)
+
+
+def settle_precision(recipe: Recipe, folder: Path, resume: str = "auto") -> Recipe:
+    """The recipe with `train.precision=auto` decided: as the run in `folder` was begun, else by this device.
+
+    So a run goes on exactly, on whatever machine; where this one would have chosen otherwise, that is said.
+    """
+    if recipe.train.precision != "auto":
+        return recipe
+    here = PartialState()
+    own = best(here.device)
+    begun = on_main(here, lambda: checkpoint.saved_setting(folder / "checkpoints", resume, "train", "precision"))
+    if begun not in (None, own) and here.is_main_process:
+        print(
+            f"headwater: this run began with train.precision={begun} and goes on with it; {here.device.type} here "
+            f"would take {own}, which a new run (another --output) would get",
+            file=sys.stderr,
+        )
+    return recipe.with_precision(begun or own)
 
 
 def _fuses_views(recipe: Recipe, accelerator: Accelerator, steps: int) -> bool:

@@ -22,7 +22,7 @@ RECIPES = {
     "mae_cifar10": [],
     "simclr_cifar10": ["train.batch_size=64"],
     "next_token_small": [],
-    "mlm_small": ["train.precision=no"],
+    "mlm_small": [],
 }
 """And settings that make a step short enough."""
 _STEPS = 4
