@@ -63,8 +63,10 @@ class Settings(BaseModel):
     lr: float | None = Field(None, gt=0)
     """stepped: peak learning rate of the head and, scaled down by depth, of the encoder.
     Where not given, the best of a few on an inner split of the training labels (see `finetune.rates`)."""
-    layer_decay: float = Field(0.75, gt=0, le=1)
-    """full, lp-ft, gradual: each layer learns this much slower than the one above it (BEiT, MAE appendix A.1)."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """full, lp-ft, gradual: rate of each layer over that of the one above it (BEiT, MAE appendix A.1).
+    Where not given, 0.75 for encoders of twelve layers or more, and nearer to 1 the fewer there are: with four, 0.917
+    (see `finetune.layers.default_decay`)."""
     weight_decay: float = Field(0.05, ge=0)
     """stepped: AdamW's, on matrices only."""
     batch_size: int = Field(32, ge=1)

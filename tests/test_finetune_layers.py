@@ -11,7 +11,7 @@ from timm.optim import param_groups_layer_decay
 from data.batch import ImageBatch
 from finetune.encoder import Augmentation, load_encoder
 from finetune.heads import LinearHead
-from finetune.layers import parameter_groups
+from finetune.layers import default_decay, parameter_groups
 
 pytest_plugins = ["test_finetune_kit"]
 
@@ -31,6 +31,18 @@ def test_groups_of_a_vit_are_timms(export: Path) -> None:
         mine = head.linear.get_parameter(name.removeprefix("head.")) if name.startswith("head.") else by_name[name]
         assert ours[id(mine)] == pytest.approx(theirs[id(parameter)]), name
     assert len(ours) == len(theirs)
+
+
+def test_the_default_decay_follows_from_the_depth(export: Path) -> None:
+    assert default_decay(12) == default_decay(24) == 0.75
+    assert default_decay(4) == pytest.approx(1 - 4 / 48)
+    assert default_decay(0) == default_decay(-1) == 1.0
+    encoder = load_encoder(export)
+    head = LinearHead(encoder.features, 10)
+    blocks = {int(n.split(".")[2]) for n, _ in encoder.named_parameters() if n.startswith("model.blocks.")}
+    given = parameter_groups(encoder, head, 0.05, default_decay(len(blocks)))
+    assert _scales(parameter_groups(encoder, head, 0.05)) == _scales(given)
+    assert min(group["lr_scale"] for group in given) < 1.0
 
 
 def test_groups_of_a_resnet_cover_everything_from_stem_to_head(tmp_path: Path) -> None:

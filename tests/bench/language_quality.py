@@ -44,8 +44,8 @@ from pretrain.run import read_metrics
 
 BUDGETS: dict[int | None, int] = {100: 5, 1000: 3, None: 2}
 """Labels in all (None: every one) and draws of them."""
-TUNING: dict[str, Any] = {"lr": 1e-3, "precision": "bf16", "min_steps": 200, "epochs": 4}
-"""Of all that is trained, pre-trained or not: one rate, half of the pre-training's, and no sweep."""
+TUNING: dict[str, Any] = {"min_steps": 200, "epochs": 4}
+"""Of all that is trained, pre-trained or not; either chooses its rate among three on an inner split of its labels."""
 EVERY = 16
 """One token in so many is hidden, so that both its neighbours can be seen: by the trigram model, too."""
 Ints = NDArray[np.int64]
