@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,15 @@ from torch.nn import functional as F
 from data.batch import ImageBatch
 from data.keyed import hash64, sample_keys
 from pretrain.build import build_objective
+from pretrain.collapse import effective_rank
 from pretrain.encoders.vision import VisionConfig, eval_view
 from pretrain.objectives.protocol import Objective
 from pretrain.optim import build_optimizer
 from pretrain.recipe import Recipe
 from pretrain.schedules import warmup_cosine
 
-TRAIN, HELD_OUT = 500, 200
-"""Pictures of each class, all from the training split."""
+TRAIN, TUNING, TEST = 500, 200, 500
+"""Pictures of each class: the first two from the training split of CIFAR-10, the last from its test split."""
 
 
 @dataclass
@@ -46,25 +48,38 @@ class Pictures:
         )
 
 
-def read(archive: Path) -> tuple[Pictures, Pictures]:
-    """Training and held-out pictures, from the training split of the archive."""
-    parts: list[tuple[list[Tensor], list[int]]] = [([], []), ([], [])]
+@dataclass
+class Splits:
+    """Pictures by what they may be used for."""
+
+    train: Pictures
+    """For training and for the bank of the probe."""
+    tuning: Pictures
+    """Others of the training split: settings and margins are picked on them."""
+    test: Pictures
+    """Of the test split: they judge, and nothing is picked on them."""
+
+
+def read(archive: Path) -> Splits:
+    """The first pictures of every class, by their numbers in the archive."""
+    parts: dict[str, tuple[list[Tensor], list[int]]] = {name: ([], []) for name in ("train", "tuning", "test")}
     classes: dict[str, int] = {}
     with tarfile.open(archive, "r|xz") as tar:
         for member in tar:
             split, _, rest = member.name.partition("/")
-            if split != "train":
-                break
             name, _, file = rest.partition("/")
-            if not member.isfile() or int(Path(file).stem) >= TRAIN + HELD_OUT:
+            if not member.isfile():
+                continue
+            number = int(Path(file).stem)
+            if number >= (TEST if split == "test" else TRAIN + TUNING):
                 continue
             payload = tar.extractfile(member)
             assert payload is not None
-            images, labels = parts[int(Path(file).stem) >= TRAIN]
+            images, labels = parts["tuning" if split == "train" and number >= TRAIN else split]
             images.append(torch.from_numpy(np.array(Image.open(payload).convert("RGB")).transpose(2, 0, 1).copy()))
             labels.append(classes.setdefault(name, len(classes)))
-    first, second = (Pictures(torch.stack(images), torch.tensor(labels)) for images, labels in parts)
-    return first, second
+    made = {name: Pictures(torch.stack(images), torch.tensor(labels)) for name, (images, labels) in parts.items()}
+    return Splits(**made)
 
 
 @torch.no_grad()
@@ -105,3 +120,28 @@ def train(recipe: Recipe, pictures: Pictures) -> Objective:
         optimizer.zero_grad()
         objective.after_step(progress, output.statistics)
     return objective
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What training made of an encoder."""
+
+    untrained: float
+    """Accuracy of the linear probe."""
+    trained: float
+    rank: float
+    """Effective rank of the trained encoder's features, centred."""
+    seconds: float
+    """Processor time of the training alone."""
+
+
+def gain(recipe: Recipe, pictures: Pictures, judges: Pictures) -> Gain:
+    """Train on `pictures`; a probe fitted on them judges before and after."""
+    assert recipe.encoder.kind == "vision"
+    untrained = linear(build_objective(recipe).exported(), pictures, judges, recipe.encoder)
+    started = time.process_time()
+    encoder = train(recipe, pictures).exported()
+    seconds = time.process_time() - started
+    found = features(encoder, judges, recipe.encoder)
+    rank = float(effective_rank(found - found.mean(dim=0)))
+    return Gain(untrained, linear(encoder, pictures, judges, recipe.encoder), rank, seconds)

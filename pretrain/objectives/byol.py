@@ -19,7 +19,7 @@ from pretrain.views import ViewConfig
 
 
 class BYOLConfig(TwoViewsConfig):
-    """BYOL's hyperparameters; the defaults are the paper's (section 3.2, appendix B)."""
+    """BYOL's hyperparameters; the defaults are the paper's (section 3.3, appendix B)."""
 
     name: Literal["byol"] = "byol"
     views: list[ViewConfig] = Field(default_factory=byol_views, min_length=1)

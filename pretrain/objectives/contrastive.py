@@ -28,7 +28,7 @@ class SimCLRConfig(TwoViewsConfig):
 
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(default=0.1, gt=0)
-    """Of the softmax over similarities (appendix B.7; 0.5 on CIFAR-10)."""
+    """Of the softmax over similarities (as in the authors' README; there 0.5 on CIFAR-10)."""
     hidden_width: int = Field(default=2048, ge=1)
     """Of the projection head's hidden layers."""
     projection_width: int = Field(default=128, ge=1)

@@ -100,15 +100,17 @@ class IBOT(DINO):
         each view, then over views. Metric besides DINO's: `patch_loss`."""
         output = super().compare(embeddings, progress)
         masks = embeddings["masks"]
+        # Where masks are true, found once: on a GPU each look for it waits for the device.
+        hidden = masks.flatten().nonzero().squeeze(1)
         head: Any = self.head if self.config.shared_head else self.patch_head
         teacher: Any = self.teacher.head if self.config.shared_head else self.teacher.patch_head
         with torch.no_grad():
-            targets = teacher(embeddings["patch_targets"][masks])
+            targets = teacher(embeddings["patch_targets"].flatten(0, 2)[hidden])
             assigned = self.assign(targets, self.patch_center, progress)
-        logits = head(embeddings["patches"][masks], progress < self.config.frozen_prototypes)
-        weight = 1.0 / masks.sum(dim=2, keepdim=True).clamp(min=1)
+        logits = head(embeddings["patches"].flatten(0, 2)[hidden], progress < self.config.frozen_prototypes)
+        weight = (1.0 / masks.sum(dim=2, keepdim=True).clamp(min=1)).expand(masks.shape).flatten()
         errors = cross_entropy(assigned, logits, self.config.student_temperature)
-        loss = (errors * weight.expand(masks.shape)[masks]).sum() / masks.shape[1]
+        loss = (errors * weight[hidden]).sum() / masks.shape[1]
         output.loss_sum = output.loss_sum + self.patch_weight * loss
         output.metrics["patch_loss"] = loss.detach()
         output.statistics |= {"patch_center": targets.float().sum(dim=0), "patches": masks.sum().float()}
