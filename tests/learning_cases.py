@@ -69,19 +69,23 @@ class Case:
 
 
 CASES: dict[str, Case] = {
-    "mae": Case(600, 0.02, MAE, weight_decay=0.05),
+    "mae": Case(600, 0.025, MAE, weight_decay=0.05),
     "simclr": Case(150, 0.035, SIMCLR),
-    "moco": Case(300, 0.035, HEADS | {"name": "moco", "momentum": 0.95, "temperature": 0.3}),
-    "byol": Case(250, 0.015, HEADS | {"name": "byol", "momentum": 0.97}),
+    "moco": Case(300, 0.04, HEADS | {"name": "moco", "momentum": 0.95, "temperature": 0.3}),
+    "byol": Case(250, 0.017, HEADS | {"name": "byol", "momentum": 0.97}),
     "barlow_twins": Case(250, 0.025, PAIR | {"name": "barlow_twins", "hidden_width": 128, "projection_width": 128}),
     "vicreg": Case(150, 0.02, PAIR | {"name": "vicreg", "hidden_width": 256, "projection_width": 256}),
-    "supervised": Case(250, 0.035, PLAIN | {"name": "supervised", "classes": 10}),
+    "supervised": Case(250, 0.038, PLAIN | {"name": "supervised", "classes": 10}),
     "dino": Case(200, 0.01, DINO | {"name": "dino"}),
     "ibot": Case(150, 0.01, DINO | {"name": "ibot"}),
-    "dinov2": Case(150, 0.02, DINO | {"name": "dinov2", "teacher_temperature": [0.06, 0.06]}),
-    "lejepa": Case(
-        200, 0.015, PAIR | {"name": "lejepa", "hidden_width": 128, "projection_width": 16, "slices": 128}
-    ),
+    "dinov2": Case(150, 0.024, DINO | {"name": "dinov2", "teacher_temperature": [0.06, 0.06]}),
+    "lejepa": Case(200, 0.015, PAIR | {"name": "lejepa", "hidden_width": 128, "projection_width": 16, "slices": 128}),
     "simmim": Case(600, 0.02, PLAIN | {"name": "simmim", "mask_size": 4}, weight_decay=0.05),
+    "ijepa": Case(
+        400,
+        0.02,
+        PLAIN | {"name": "ijepa", "momentum": 0.9, "predictor_width": 48, "predictor_depth": 2, "predictor_heads": 3},
+        weight_decay=0.05,
+    ),
     "mixture": Case(150, 0.025, {"name": "mixture", "members": {"pixels": MAE, "contrast": SIMCLR}}),
 }

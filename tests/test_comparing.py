@@ -73,6 +73,13 @@ def test_byol_s_loss_is_lightly_s_but_for_a_constant() -> None:
     assert_close(output.loss_sum / output.target_count, expected)
 
 
+def test_frozen_patches_get_no_gradient_and_all_else_does() -> None:
+    objective = built("moco", frozen_patches=True)
+    objective(noise(6), 0.0).loss_sum.backward()
+    without = {name for name, p in objective.encoder.named_parameters() if p.grad is None}
+    assert without == {"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
 def test_moco_s_loss_is_written_out() -> None:
     objective = built("moco", temperature=0.2, queue=5)
     assert isinstance(objective, JointObjective)

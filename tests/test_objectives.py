@@ -229,6 +229,7 @@ def test_a_mixture_holds_its_encoder_once_and_exports_the_chosen_one() -> None:
             "feature map",
         ),
         ("ijepa", {"encoder": ENCODERS["resnet"]}, "ijepa needs a ViT"),
+        ("moco", {"encoder": ENCODERS["resnet"], "objective.frozen_patches": True}, "frozen_patches needs a ViT"),
         ("ijepa", {"objective.context_share": 0.95}, "context_share"),
         ("ijepa", {"objective.predictor_heads": 3}, "multiple of predictor_heads"),
         ("supervised", {"objective.classes": None}, "objective.classes is open"),

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pretrain.encoders.tokens import require_vit
 from pretrain.encoders.vision import VisionConfig
 from pretrain.objectives.protocol import Output, Tensors
 from pretrain.objectives.teacher import Teacher
@@ -110,7 +111,8 @@ class MoCo(TwoViews):
         super().__init__(config, vision, encoder)
         self.config = config
         if config.frozen_patches:
-            self.encoder.get_submodule("patch_embed").requires_grad_(False)
+            vit = require_vit(self.encoder, "moco with frozen_patches", vision.model)
+            vit.patch_embed.requires_grad_(False)
         hidden, width = config.hidden_width, config.projection_width
         self.projector = plain_last_norm(
             MoCoProjectionHead(self.width, hidden, width, config.projection_layers, batch_norm=True)

@@ -7,6 +7,7 @@ the whole picture makes of them.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -50,7 +51,8 @@ class IJEPAConfig(OneViewConfig):
     predictor_heads: int = Field(default=12, ge=1)
     """Attention heads of the predictor; they divide its width."""
     momentum: float = Field(default=0.996, ge=0, le=1)
-    """Of the teacher at the start; rises to 1 linearly."""
+    """Of the teacher at the start; rises to 1 linearly. A short run needs a faster teacher, whose memory of
+    1 / (1 - momentum) steps is a small part of the run: 0.9 for some hundred steps."""
     export: Literal["student", "teacher"] = "teacher"
     """Which encoder is evaluated and exported (section 4: the target encoder)."""
 
@@ -82,8 +84,11 @@ class IJEPA(Objective):
         self.predictor_embed = nn.Linear(self.encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.register_buffer("positions", sincos_positions(width, rows, columns))
-        blocks = [Block(width, config.predictor_heads, qkv_bias=True) for _ in range(config.predictor_depth)]
-        self.predictor = nn.Sequential(*blocks, nn.LayerNorm(width), nn.Linear(width, self.encoder.embed_dim))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        blocks = [
+            Block(width, config.predictor_heads, qkv_bias=True, norm_layer=norm) for _ in range(config.predictor_depth)
+        ]
+        self.predictor = nn.Sequential(*blocks, norm(width), nn.Linear(width, self.encoder.embed_dim))
         self._initialise()
         self.teacher = Teacher(encoder=self.encoder)
 
@@ -147,3 +152,7 @@ class IJEPA(Objective):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        for depth, block in enumerate(self.predictor[:-2], start=1):  # as the paper's code does (and BEiT's)
+            with torch.no_grad():
+                block.attn.proj.weight.div_((2.0 * depth) ** 0.5)  # type: ignore[union-attr,operator]
+                block.mlp.fc2.weight.div_((2.0 * depth) ** 0.5)  # type: ignore[union-attr,operator]

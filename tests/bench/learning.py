@@ -1,8 +1,8 @@
-"""What each objective gains in seconds of one core: the table behind the settings and margins of tests/test_learning.py.
+"""What each objective gains in seconds of one core: the table behind settings and margins of `test_learning.py`.
 
     python tests/bench/learning.py CIFAR10_TAR_XZ [--cases simclr byol] [--judges tuning]
 
-Settings and margins are picked on the `tuning` pictures, of the training split; `test` is for reporting what was picked.
+Settings and margins are picked on the `tuning` pictures, of the training split; `test` only reports what was picked.
 """
 
 from __future__ import annotations
