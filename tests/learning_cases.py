@@ -79,13 +79,13 @@ CASES: dict[str, Case] = {
     "dino": Case(200, 0.01, DINO | {"name": "dino"}),
     "ibot": Case(150, 0.01, DINO | {"name": "ibot"}),
     "dinov2": Case(150, 0.024, DINO | {"name": "dinov2", "teacher_temperature": [0.06, 0.06]}),
-    "lejepa": Case(200, 0.015, PAIR | {"name": "lejepa", "hidden_width": 128, "projection_width": 16, "slices": 128}),
-    "simmim": Case(600, 0.02, PLAIN | {"name": "simmim", "mask_size": 4}, weight_decay=0.05),
+    "lejepa": Case(200, 0.017, PAIR | {"name": "lejepa", "hidden_width": 128, "projection_width": 16, "slices": 128}),
+    "simmim": Case(600, 0.023, PLAIN | {"name": "simmim", "mask_size": 4}, weight_decay=0.05),
     "ijepa": Case(
         400,
         0.02,
         PLAIN | {"name": "ijepa", "momentum": 0.9, "predictor_width": 48, "predictor_depth": 2, "predictor_heads": 3},
         weight_decay=0.05,
     ),
-    "mixture": Case(150, 0.025, {"name": "mixture", "members": {"pixels": MAE, "contrast": SIMCLR}}),
+    "mixture": Case(150, 0.028, {"name": "mixture", "members": {"pixels": MAE, "contrast": SIMCLR}}),
 }
