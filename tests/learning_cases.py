@@ -83,7 +83,7 @@ CASES: dict[str, Case] = {
     "simmim": Case(600, 0.023, PLAIN | {"name": "simmim", "mask_size": 4}, weight_decay=0.05),
     "ijepa": Case(
         400,
-        0.02,
+        0.015,
         PLAIN | {"name": "ijepa", "momentum": 0.9, "predictor_width": 48, "predictor_depth": 2, "predictor_heads": 3},
         weight_decay=0.05,
     ),
