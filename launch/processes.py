@@ -114,7 +114,8 @@ def launch_words(
     gpu = torch.cuda.is_available()
     if gpu and count > torch.cuda.device_count():
         raise UserError(f"--processes {count}: this machine has {torch.cuda.device_count()} GPUs")
-    config = "nodes.yaml" if nodes else "ddp.yaml" if gpu else "cpu.yaml"
+    several = "fsdp2.yaml" if "train.shard=true" in arguments else "ddp.yaml"
+    config = "nodes.yaml" if nodes else several if gpu else "cpu.yaml"
     words = ["--config_file", str(CONFIGS / config)]
     words += nodes.words(count) if nodes else ["--num_processes", str(count), "--main_process_port", "0"]
     words += ["--max_restarts", str(max_restarts), "-m", module]

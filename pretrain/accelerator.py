@@ -28,18 +28,35 @@ from pretrain.sharding import is_sharded, shard
 T = TypeVar("T")
 _DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of Linux's prctl."""
+_FSDP = "ACCELERATE_USE_FSDP"
+"""What `accelerate launch` sets where its configuration names FSDP."""
 
 
 class AgreedError(UserError):
     """Raised on all processes alike."""
 
 
+def as_launched(recipe: Recipe) -> Recipe:
+    """The recipe, with `train.shard` where Accelerate's configuration asks for FSDP; ours then takes its place."""
+    if not _launched_for_fsdp():
+        return recipe
+    del os.environ[_FSDP]
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"shard": True})})
+
+
+def _launched_for_fsdp() -> bool:
+    return os.environ.get(_FSDP, "").lower() == "true"
+
+
 def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     """An `Accelerator` for the devices at hand; accumulation and batch sizes stay ours.
 
     Raises:
-        UserError: fp16 without a GPU, or a tracker that does not exist or whose package is not installed.
+        UserError: fp16 without a GPU, a configuration with FSDP for what is not sharded, or a tracker that does not
+            exist or whose package is not installed.
     """
+    if _launched_for_fsdp():
+        raise UserError("this does not shard, and Accelerate's configuration asks for FSDP; launch it with ddp.yaml")
     if recipe.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision=fp16 needs a GPU; use bf16 or no")
     if recipe.train.shard and (recipe.train.precision == "fp16" or recipe.train.compile):

@@ -9,7 +9,7 @@ from pretrain.export import export, exported_step
 from pretrain.job import Duties
 from pretrain.setup import Setup
 from pretrain.text_samples import write_samples
-from pretrain.whole import whole
+from pretrain.whole import collected, whole
 
 EXPORT = "export"
 """Where in a run's folder its encoder is exported to."""
@@ -31,9 +31,9 @@ class Pretraining(Duties):
         return write_samples(whole(self.setup), run)
 
     def finish(self, run: Path) -> None:
-        final = whole(self.setup)
-        if final.main:
-            export(final.recipe, final.state, final.data, run / EXPORT)
+        setup, final = self.setup, collected(self.setup)
+        if final is not None:
+            export(setup.recipe, final, setup.data, run / EXPORT)
 
     def finished(self, run: Path, step: int) -> bool:
         return exported_step(run / EXPORT) == step

@@ -13,14 +13,11 @@ from data.errors import UserError
 from data.loader import Loader
 from data.resident import Resident, ResidentLoader
 from pretrain import checkpoint
-from pretrain.accelerator import make_accelerator, on_main, place, wrap
-from pretrain.activations import recompute
-from pretrain.build import Datasets, build_objective, open_data, resolve
-from pretrain.continuation import take_over
-from pretrain.ema import start_average
+from pretrain.accelerator import as_launched, make_accelerator, on_main, wrap
+from pretrain.build import Datasets, open_data, resolve
 from pretrain.encoders.vision import VisionConfig
 from pretrain.job import Job
-from pretrain.norm import synchronise
+from pretrain.materialise import materialise
 from pretrain.optim import build_optimizer
 from pretrain.precision import best
 from pretrain.preemption import Preemption
@@ -52,23 +49,12 @@ def prepare(recipe: Recipe, folder: Path, resume: str = "auto") -> Setup:
     Raises:
         UserError: recipe, data, machine and number of processes do not fit together.
     """
-    recipe = settle_precision(recipe, folder, resume)
+    recipe = settle_precision(as_launched(recipe), folder, resume)
     accelerator = make_accelerator(recipe, folder)
     data = open_data(recipe)
     recipe = resolve(recipe, data)
     loader = make_loader(recipe, data, accelerator)
-    objective = build_objective(recipe)
-    objective.read(data.train)
-    if recipe.start is not None:
-        take_over(objective, recipe.start, data.train)
-    if accelerator.num_processes > 1:
-        synchronise(objective)
-    average = start_average(objective.exported()) if recipe.train.ema is not None else None
-    if recipe.train.recompute:
-        recompute(objective)
-    for module in (objective, average):
-        if module is not None:
-            place(module, recipe, accelerator)
+    objective, average = materialise(recipe, data, accelerator)
     optimizer = build_optimizer(objective, recipe.optimizer)
     if recipe.train.compile:
         objective.compile()

@@ -6,6 +6,8 @@ parameter into a DTensor cut along its first dimension and leaves names and modu
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -76,14 +78,40 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def copy_whole(source: nn.Module, target: nn.Module) -> None:
-    """Give `target`, a plain module of the same kind, the sharded one's parameters and buffers; on all processes."""
+def fill(module: nn.Module, given: Mapping[str, Tensor], device: torch.device) -> None:
+    """Send the main process's tensors to all, one after the other, each of which keeps its rows; on all processes.
+
+    Args:
+        module: sharded or not, its memory on `device`.
+        given: by the names of the module's parameters and buffers, whole; read on the main process alone.
+    """
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if torch.distributed.get_rank() == 0:
+            whole = given[name].detach().to(device).contiguous()
+        else:
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        torch.distributed.broadcast(whole, src=0)
+        if isinstance(tensor, DTensor):
+            local(tensor).copy_(whole.narrow(0, *local_rows(tensor)))
+        else:
+            tensor.copy_(whole)
+
+
+@torch.no_grad()
+def copy_whole(source: nn.Module, target: nn.Module | None) -> None:
+    """Give `target`, a plain module of the same kind, the sharded one's parameters and buffers.
+
+    All processes call this together; one without a `target` only takes part. Tensors are gathered one after the
+    other, so no device holds more than one of them whole on behalf of this.
+    """
     for one, other in (
-        (source.named_parameters(), dict(target.named_parameters())),
-        (source.named_buffers(), dict(target.named_buffers())),
+        (source.named_parameters(), {} if target is None else dict(target.named_parameters())),
+        (source.named_buffers(), {} if target is None else dict(target.named_buffers())),
     ):
         for name, tensor in one:
-            other[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if target is not None:
+                other[name].copy_(whole)
 
 
 def total_norm(gradients: list[Tensor]) -> Tensor:

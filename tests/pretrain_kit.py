@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -152,3 +153,20 @@ def run(*words: str | Path, cwd: Path | None = None, check: bool = True) -> subp
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert not check or done.returncode == 0, done.stderr
     return done
+
+
+def two_workers(worker: str, folder: Path, *words: str | Path, timeout: float = 300) -> list[Any]:
+    """What the script `worker` of this folder, `worker OUT WORDS`, saved to OUT in each of two connected processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script, processes = Path(__file__).with_name(worker), []
+    for rank in (0, 1):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, str(script), str(folder / f"{rank}.pt"), *map(str, words)]
+        processes.append(subprocess.Popen(command, env=ENVIRONMENT | place, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, errors = process.communicate(timeout=timeout)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pretrain_kit import ENVIRONMENT, TEXTS, write_recipe
+from pretrain_kit import TEXTS, two_workers, write_recipe
 from torch import Tensor
 
 CASES: dict[str, dict[str, Any]] = {
@@ -36,26 +33,9 @@ def observed(digits: Path, sentences: Path, tmp_path_factory: pytest.TempPathFac
         folder = tmp_path_factory.mktemp("sharded")
         data = sentences if case in TEXTS else digits / "train"
         path = write_recipe(folder / f"{case}.yaml", case, data, CASES[case])
-        processes = [start(rank, port, folder / f"{rank}.pt", path) for port in [free_port()] for rank in (0, 1)]
-        for process in processes:
-            _, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+        return two_workers("sharded_worker.py", folder, path)
 
     return both
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def start(rank: int, port: str, out: Path, recipe: Path) -> subprocess.Popen[str]:
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, str(Path(__file__).with_name("sharded_worker.py")), str(out), str(recipe)]
-    return subprocess.Popen(command, env=ENVIRONMENT | place, stderr=subprocess.PIPE, text=True)
 
 
 def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:

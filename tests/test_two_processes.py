@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gradient_worker import observe
-from pretrain_kit import ENVIRONMENT, NORMS, PICTURES, TEXTS, recipe, write_recipe
+from pretrain_kit import NORMS, PICTURES, TEXTS, recipe, two_workers, write_recipe
 from torch.testing import assert_close
 
 from pretrain.setup import prepare
@@ -67,20 +64,7 @@ def two(digits: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory)
             path = folder / f"{len(names)}.yaml"
             data = data_of(case, digits, sentences)
             paths.append(write_recipe(path, objective(case), data, settings(case, microbatch)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    worker = str(Path(__file__).with_name("gradient_worker.py"))
-    processes = []
-    for rank in (0, 1):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, worker, str(folder / f"{rank}.pt"), *map(str, paths)]
-        processes.append(subprocess.Popen(command, env=ENVIRONMENT | place, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-    both = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    both = two_workers("gradient_worker.py", folder, *paths)
     return {name: [both[0][place], both[1][place]] for place, name in enumerate(names)}
 
 
