@@ -71,8 +71,9 @@ class TrainConfig(BaseModel):
     ema: float | None = Field(default=None, ge=0, lt=1)
     """Momentum of an average of the encoder's weights, which is then evaluated and exported."""
     shard: bool = False
-    """Cut weights, gradients and optimiser state over the processes (FSDP2), for models that no device holds whole;
-    cannot change what is trained."""
+    """Cut weights, gradients and optimiser state over the processes (FSDP2), for models that no device trains whole;
+    cannot change what is trained. An evaluation holds one float32 copy of the weights on each device beside;
+    watch.evaluate_every=0 does without."""
     recompute: bool = False
     """Keep only the inputs of the encoder's blocks and compute the rest again in the backward pass: far less memory
     for about a third more arithmetic; cannot change what is trained."""
