@@ -29,7 +29,7 @@ from pretrain.preemption import Preemption
 from pretrain.recipe import RunRecipe, TrainConfig, WatchConfig
 from pretrain.state import TrainingState
 
-_HOW = {"cpu", "precision", "microbatch", "inference_batch", "checkpoint_every", "lr"}
+_HOW = {"cpu", "precision", "microbatch", "inference_batch", "checkpoint_every", "lr", "trial_share"}
 """Settings that say how the same is computed, or are told elsewhere in a recipe."""
 _LOOK = 64
 """Samples whose content is part of what identifies the data."""

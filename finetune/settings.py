@@ -63,6 +63,8 @@ class Settings(BaseModel):
     lr: float | None = Field(None, gt=0)
     """stepped: peak learning rate of the head and, scaled down by depth, of the encoder.
     Where not given, the best of a few on an inner split of the training labels (see `finetune.rates`)."""
+    trial_share: float = Field(1.0, gt=0, le=1)
+    """trained: share of the steps that each of those rates is tried for, by a whole schedule of that length."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """full, lp-ft, gradual: rate of each layer over that of the one above it (BEiT, MAE appendix A.1).
     Where not given, 0.75 for encoders of twelve layers or more, and nearer to 1 the fewer there are: with four, 0.917
@@ -103,6 +105,12 @@ class Settings(BaseModel):
     """trained: most samples that a process holds at once; the rest of its share is accumulated."""
     checkpoint_every: int | None = Field(None, ge=1)
     """trained, with an output: steps between two checkpoints; a tenth of the steps where not given."""
+
+    @property
+    def trial(self) -> Settings:
+        """For trying a learning rate: the same, over `trial_share` of the steps."""
+        fewer = max(1, round(self.trial_share * self.min_steps))
+        return self.model_copy(update={"min_steps": fewer, "epochs": self.trial_share * self.epochs})
 
     @property
     def augmentation(self) -> Augmentation | None:

@@ -49,6 +49,8 @@ class Way:
     """Whether layers learn slower the lower they are (`layer_decay`)."""
     probed: bool = False
     """Whether training begins from a linear probe instead of a small random head."""
+    kept: bool = True
+    """Whether training begins at what the given encoder computes."""
     gradual: bool = False
     """Whether layers join one by one, from the top."""
 
@@ -76,7 +78,9 @@ WAYS: dict[Strategy, Way] = {
     "lp-ft": Way(_whole, probed=True),
     "gradual": Way(_whole, gradual=True),
     "full": Way(_whole),
-    "scratch": Way(_untrained, rates=lambda info: UNTRAINED, layered=False),  # no layer has anything to keep
+    "scratch": Way(
+        _untrained, rates=lambda info: UNTRAINED, layered=False, kept=False
+    ),  # no layer has anything to keep
 }
 """Hu et al. 2022; Liu et al. 2024; Kumar et al. 2022 (linear probe, then full); Howard and Ruder 2018; every weight;
 every weight from untrained ones, the control."""
@@ -122,10 +126,12 @@ def fit_trained(
     settings: Settings,
     accelerator: Accelerator,
     trace: Trace | None = None,
+    known: Callable[[Samples], Tensor] | None = None,
 ) -> TaskModel:
     """Encoder and head trained together, as `WAYS` says; adapters end up in the encoder's weights and apart.
 
-    The given encoder stays as it is. With a `trace` the last fit is a run that can be resumed.
+    The given encoder stays as it is. With a `trace` the last fit is a run that can be resumed. `known` gives pooled
+    features (n, d) of samples by the given encoder where they are at hand already; they need not be computed again.
     """
     if not any(True for _ in encoder.parameters()):
         raise UserError(f"an encoder without weights has nothing to train; strategy {strategy!r} needs some")
@@ -133,10 +139,11 @@ def fit_trained(
     start = partial(way.start, encoder, seed, settings)
     if way.adapts:
         require_effect(start(), samples, accelerator.device)
-    head = partial(_probe, len(classes), seed, settings, accelerator) if way.probed else None
+    known = known if way.kept else None
+    head = partial(_probe, len(classes), seed, settings, accelerator, known) if way.probed else None
     before_step = unfreezing(settings.unfrozen_by) if way.gradual else None
     flat = settings if way.layered else settings.model_copy(update={"layer_decay": 1.0})
-    training = Training(start, samples, len(classes), seed, flat, accelerator, head, before_step, trace)
+    training = Training(start, samples, len(classes), seed, flat, accelerator, head, before_step, known, trace)
     trained, trained_head, chosen = training.fit(way.rates(encoder.info))
     model = TaskModel(trained, trained_head, classes, {"chosen": chosen})
     if way.adapts:
@@ -147,10 +154,20 @@ def fit_trained(
 
 
 def _probe(
-    classes: int, seed: int, settings: Settings, accelerator: Accelerator, encoder: Encoder, samples: Samples
+    classes: int,
+    seed: int,
+    settings: Settings,
+    accelerator: Accelerator,
+    known: Callable[[Samples], Tensor] | None,
+    encoder: Encoder,
+    samples: Samples,
 ) -> LinearHead:
     """The linear strategy's head; a class without samples is improbable instead of impossible, so it can be learned."""
-    features, truth, owners = flat_features(encoder, samples, settings, accelerator)
+    if known is None:
+        features, truth, owners = flat_features(encoder, samples, settings, accelerator)
+    else:
+        places = torch.arange(len(samples))
+        features, truth, owners = known(samples), samples.truth(places.numpy()), places
     if isinstance(samples.target, Classification):
         head, _ = fit_linear(features, truth, classes, seed, settings.strength, settings.standardize)
         head.linear.bias.data.clamp_(min=-30.0)

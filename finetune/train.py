@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from data.errors import UserError
 from data.files import write_atomically
@@ -61,8 +63,12 @@ class Training:
     before_step: Callable[[Encoder, float], None] | None = None
     """Called before each step with the encoder in training and the step's progress in (0, 1): to unfreeze gradually,
     for example. Parameters that are to be trained at some time need `requires_grad` at the start."""
+    known: Callable[[Samples], Tensor] | None = None
+    """Pooled features (n, d) of samples by the encoder that training begins from, where they are known already."""
     trace: Trace | None = None
     """Of the last fit, on all labels. All other fits, and this one without it, leave no trace."""
+    heads: dict[bytes, LinearHead] = field(default_factory=dict, repr=False)
+    """Those that trainings began from, by the samples: every learning rate begins from the same."""
 
     def fit(self, candidates: tuple[float, ...]) -> tuple[Encoder, LinearHead, dict[str, Any]]:
         """Trained encoder and head, and what was chosen.
@@ -127,7 +133,7 @@ class Training:
         for lr in candidates if valid is not None else ():
             assert valid is not None
             try:
-                duties = self._train(inner, valid if self.settings.patience else None, lr, None)
+                duties = self._train(inner, valid if self.settings.patience else None, lr, None, self.settings.trial)
             except RunFailed:
                 continue
             learned = duties.learned()
@@ -152,9 +158,11 @@ class Training:
         inside, outside = np.flatnonzero(number != 0), np.flatnonzero(number == 0)
         return (samples.select(inside), samples.select(outside)) if len(outside) else (samples, None)
 
-    def _train(self, samples: Samples, valid: Samples | None, lr: float, trace: Trace | None) -> EarlyStopping:
+    def _train(
+        self, samples: Samples, valid: Samples | None, lr: float, trace: Trace | None, settings: Settings | None = None
+    ) -> EarlyStopping:
         """One fit to its end; `valid` stops it early. Raises `RunFailed` where it diverged."""
-        settings = self.settings
+        settings = settings or self.settings
         encoder = self.start()
         learner = Learner(encoder, self.first_head(encoder, samples))
         weights = balanced(samples, self.classes) if settings.balance else None
@@ -177,12 +185,21 @@ class Training:
 
     def first_head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         """The given head, or a small random one behind the features as they are now, standardised."""
+        key = samples.ids.tobytes()
+        if key not in self.heads:
+            self.heads[key] = self._make_head(encoder, samples)
+        return copy.deepcopy(self.heads[key])
+
+    def _make_head(self, encoder: Encoder, samples: Samples) -> LinearHead:
         if self.head is not None:
             return self.head(encoder, samples)
         width = encoder.token_features if samples.target.dense else encoder.features
         head = LinearHead(width, self.classes, seed=self.seed)
         first = samples.select(np.sort(keyed_order(len(samples), self.seed, 0)[:_STANDARD]))
-        head.standardize(flat_features(encoder, first, self.settings, self.accelerator)[0])
+        if self.known is not None:
+            head.standardize(self.known(first))
+        else:
+            head.standardize(flat_features(encoder, first, self.settings, self.accelerator)[0])
         return head
 
 

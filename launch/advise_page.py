@@ -200,10 +200,13 @@ def _how(results: dict[str, Any]) -> str:
     elif counts:
         each = ", ".join(f"{arm} {about['learning_rates']}" for arm, about in results["trials"].items())
         tuned = f"Learning rates were chosen on an inner split, among unequally many: {each}."
+    if counts and (share := results["settings"].get("trial_share", 1.0)) < 1:
+        tuned += f" Each was tried over {100 * share:g} % of the steps."
     removed = results["duplicates"]
     sentences = [
         f"{len(results['seeds'])} seeds. Budgets are nested and stratified; all strategies saw the same labels.",
         tuned,
+        "A batch held no more samples than there were labels.",
         "knn chose k and linear its penalty by cross-validation on the same labels.",
         "Untrained encoders were drawn anew with each seed.",
         f"{removed['removed_from_train']:,} training samples that are in the test set, and "

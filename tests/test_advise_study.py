@@ -229,6 +229,9 @@ def test_costs_grow_with_the_work() -> None:
     settings = Settings(min_steps=100, epochs=5.0, batch_size=10)
     assert work(10, 300, settings, 3) == 3 * 1000 + 1000 + 100
     assert work(10_000, 0, settings, 3) == pytest.approx(50_000 + 3 * 7500)
+    # Trials may take a share of the steps, and no batch is larger than the labels.
+    brief = Settings(min_steps=100, epochs=5.0, batch_size=32, trial_share=0.25)
+    assert work(10, 300, brief, 3) == 3 * 250 + 1000 + 100
     costs = Costs(lambda arm, labels: float(labels))
     assert costs.predict("full", 10) is None
     costs.note("full", 10, 2.0)

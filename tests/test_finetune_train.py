@@ -10,12 +10,13 @@ import torch
 from test_finetune_kit import NAMES, digits, write_encoder, write_images
 
 from finetune.encoder import Encoder, fresh, load_encoder
-from finetune.features import accelerator_for
+from finetune.features import accelerator_for, extract
 from finetune.heads import LinearHead
 from finetune.job import steps_for
 from finetune.run import finetune
 from finetune.samples import Samples
-from finetune.settings import Settings, settings_from
+from finetune.settings import Settings, Strategy, settings_from
+from finetune.strategies import fit_trained
 from finetune.tasks import load_task
 from finetune.train import Training
 
@@ -170,3 +171,35 @@ def test_a_given_head_is_where_training_begins_and_each_step_is_announced(
     assert torch.equal(head.linear.weight, before)
     torch.testing.assert_close(trained.linear.weight, before, rtol=0, atol=1e-9)
     assert seen == [(step + 0.5) / 8 for step in range(8)]
+
+
+@pytest.mark.parametrize("strategy", ["lp-ft", "lora", "full", "scratch"])
+def test_known_features_change_nothing_and_are_used_where_they_may_be(
+    export: Path, digit_shards: tuple[Path, Path], strategy: Strategy
+) -> None:
+    """What a study keeps of its frozen strategies gives the same model; untrained weights never begin from it."""
+    encoder = load_encoder(export)
+    samples = load_task(*digit_shards, encoder).train.select(np.arange(24))
+    settings, asked = Settings(**QUICK, trial_share=0.5), 0
+    accelerator = accelerator_for(settings)
+
+    def known(part: Samples) -> torch.Tensor:
+        nonlocal asked
+        asked += 1
+        return extract(encoder, part, settings, accelerator)
+
+    classes = samples.target.classes
+    plain = fit_trained(strategy, encoder, samples, classes, 0, settings, accelerator)
+    cached = fit_trained(strategy, encoder, samples, classes, 0, settings, accelerator, known=known)
+    # Once for the inner split, whatever the number of rates, and once for all labels.
+    assert asked == (0 if strategy == "scratch" else 2)
+    assert len(plain.about["chosen"]["inner_accuracy"]) == 3
+    assert cached.about["chosen"] == plain.about["chosen"]
+    for one, other in zip(plain.encoder.parameters(), cached.encoder.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_trials_take_a_share_of_the_steps() -> None:
+    settings = Settings(min_steps=100, epochs=4.0, batch_size=10, trial_share=0.25)
+    assert (steps_for(20, settings.trial), steps_for(20, settings)) == (25, 100)
+    assert (steps_for(1000, settings.trial), steps_for(1000, settings)) == (100, 400)

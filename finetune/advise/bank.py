@@ -54,6 +54,12 @@ class FeatureBank:
         """Features of all test samples, float32 (m, d)."""
         return self._get(1, self._test)
 
+    def of(self, samples: Samples) -> Tensor:
+        """Features of some of the training samples, float32 (n, d)."""
+        ids = self._sides[0].ids
+        order = np.argsort(ids, kind="stable")
+        return self.at(order[np.searchsorted(ids, samples.ids, sorter=order)])
+
     def missing(self, positions: Ints) -> int:
         """Samples that a cell at `positions` would have to pass through the encoder."""
         rows = np.concatenate([positions, self._test + len(self._sides[0])])

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.errors import UserError
 from data.keyed import hash64
+from finetune.settings import Settings
 from finetune.splits import Indices, ranks, subset
 
 STEPS = (1, 3)
@@ -59,6 +60,11 @@ def settle_budgets(
     if not met:
         raise UserError(f"{'; '.join(notes)}; give larger --budgets")
     return dict(sorted(met.items())), notes
+
+
+def fitting(settings: Settings, labels: int) -> Settings:
+    """The settings of a trained cell: a batch no larger than its labels, which larger ones would only repeat."""
+    return settings.model_copy(update={"batch_size": min(settings.batch_size, max(2, labels))})
 
 
 def take(labels: Indices, budget: int | None, seed: int, per_class: bool) -> Indices:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finetune.advise.budgets import fitting
 from finetune.job import steps_for
 from finetune.samples import Ints, Samples
 from finetune.settings import Settings
@@ -54,9 +55,10 @@ def guarded(samples: Samples, clock: Clock) -> Samples:
 
 def work(labels: int, test_items: int, settings: Settings, candidates: int) -> float:
     """Samples that training on `labels` takes forward and back: learning-rate trials, the run itself, the test."""
-    trials = 0.0
+    settings, trials = fitting(settings, labels), 0.0
     if settings.lr is None and candidates > 1:
-        trials = candidates * steps_for(max(1, min(labels, TRIED) * 3 // 4), settings) * settings.batch_size
+        inner = max(1, min(labels, TRIED) * 3 // 4)
+        trials = candidates * steps_for(inner, settings.trial) * settings.batch_size
     # Judging takes no backward pass, which is two thirds of a step.
     return trials + steps_for(labels, settings) * settings.batch_size + test_items / 3
 

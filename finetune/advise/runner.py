@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from finetune.advise.bank import FeatureBank
+from finetune.advise.budgets import fitting
 from finetune.advise.cells import Arm, Cell
 from finetune.advise.clock import SAFETY, Clock, guarded
 from finetune.encoder import Encoder, fresh
@@ -19,7 +20,7 @@ from finetune.features import accelerator_for
 from finetune.model import TaskModel
 from finetune.samples import Ints, Samples
 from finetune.settings import Settings
-from finetune.strategies import FROZEN, fit_frozen, fit_trained, strategy_from
+from finetune.strategies import FROZEN, WAYS, fit_frozen, fit_trained, strategy_from
 from finetune.tasks import Task
 
 PROBE_STEPS = 2
@@ -51,11 +52,12 @@ class Runner:
     def run(self, arm: Arm, positions: Ints, seed: int) -> Cell:
         """Fit on the training samples at `positions` and judge.
 
+        Trained strategies begin from features that frozen ones have left.
+
         Raises:
             OutOfTime: the clock ran down; nothing is kept.
             UserError: training diverged.
         """
-        started = time.perf_counter()
         task = self._subject(arm).task
         chosen: dict[str, Any] = {}
         if arm.strategy == "majority":
@@ -64,8 +66,7 @@ class Runner:
         elif arm.strategy in FROZEN:
             probabilities, chosen, seconds = self._frozen(arm, positions, seed)
         else:
-            probabilities, chosen = self._trained(arm, positions, seed, self.settings)
-            self.fitting = seconds = time.perf_counter() - started
+            probabilities, chosen, seconds = self._trained(arm, positions, seed)
         judged = score(probabilities, task.test.labels)
         return Cell(arm.name, len(positions), seed, judged.correct, judged.macro_f1, seconds, chosen)
 
@@ -83,9 +84,10 @@ class Runner:
             started = time.perf_counter()
             self._fit(arm, subject, positions, 0, settings)
             seconds.append(time.perf_counter() - started)
+        batch = fitting(self.settings, len(positions)).batch_size
         # The first run also warms up; where the difference drowns in noise, the second's whole time counts.
         steps = PROBE_STEPS if seconds[1] - seconds[0] > 0.25 * seconds[1] else 2 * PROBE_STEPS
-        return (seconds[1] - seconds[0] if steps == PROBE_STEPS else seconds[1]) / (steps * self.settings.batch_size)
+        return (seconds[1] - seconds[0] if steps == PROBE_STEPS else seconds[1]) / (steps * batch)
 
     def _frozen(self, arm: Arm, positions: Ints, seed: int) -> tuple[np.ndarray, dict[str, Any], float]:
         bank, task = self._bank(arm, seed), self._subject(arm).task
@@ -100,17 +102,26 @@ class Runner:
         self.fitting = time.perf_counter() - started
         return probabilities, model.about["chosen"], self.fitting + alone
 
-    def _trained(self, arm: Arm, positions: Ints, seed: int, settings: Settings) -> tuple[np.ndarray, dict[str, Any]]:
-        subject = self._subject(arm)
-        model = self._fit(arm, subject, positions, seed, settings)
-        probabilities = model.probabilities(self._watched(subject.task.test), settings).numpy()
-        return probabilities, model.about["chosen"]
+    def _trained(self, arm: Arm, positions: Ints, seed: int) -> tuple[np.ndarray, dict[str, Any], float]:
+        subject, alone = self._subject(arm), 0.0
+        if WAYS[strategy_from(arm.strategy)].kept:
+            bank = self._bank(arm, seed)
+            bank.at(positions)
+            alone = (bank.seconds_each or 0.0) * len(positions)
+        started = time.perf_counter()
+        model = self._fit(arm, subject, positions, seed, self.settings)
+        probabilities = model.probabilities(self._watched(subject.task.test), self.settings).numpy()
+        self.fitting = time.perf_counter() - started
+        # As if no other cell had left it features.
+        return probabilities, model.about["chosen"], self.fitting + alone
 
     def _fit(self, arm: Arm, subject: Subject, positions: Ints, seed: int, settings: Settings) -> TaskModel:
         samples = self._watched(subject.task.train.select(positions))
         strategy = strategy_from(arm.strategy)
         encoder, classes = subject.encoder, subject.task.classes
-        return fit_trained(strategy, encoder, samples, classes, seed, settings, self.accelerator)
+        known = self._bank(arm, seed).of if WAYS[strategy].kept else None
+        settings = fitting(settings, len(positions))
+        return fit_trained(strategy, encoder, samples, classes, seed, settings, self.accelerator, known=known)
 
     def _watched(self, samples: Samples) -> Samples:
         return guarded(samples, self.clock)

@@ -30,6 +30,8 @@ from finetune.tasks import Report, Task, load_task, settle
 
 DEFAULT = ("majority", "knn", "linear", "lp-ft", "lora", "full", "scratch")
 """Strategies of a study that names none, as far as this version has them."""
+TRIAL_SHARE = 0.25
+"""Of the steps, for each learning rate of every trained strategy, unless the settings say otherwise."""
 RESERVE = 0.1
 """Share of the cap kept for intervals and files, at most `MOST_RESERVE` seconds."""
 MOST_RESERVE = 20.0
@@ -84,7 +86,7 @@ def advise(
         UserError: anything the caller can put right.
     """
     choices, started = choices or Choices(), time.monotonic()
-    settings, folder = settings_from(choices.settings), Path(output)
+    settings, folder = settings_from({"trial_share": TRIAL_SHARE} | choices.settings), Path(output)
     _check(choices)
     clock = Clock(60 * choices.minutes - min(MOST_RESERVE, RESERVE * 60 * choices.minutes))
     names = _strategies(choices.strategies)
