@@ -129,6 +129,10 @@ def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
             from finetune.image_encoder import ImageEncoder
 
             return ImageEncoder.load(folder, info)
+        if "image_size" in config or "num_channels" in config:  # of transformers, for pictures
+            from finetune.transformers_images import TransformersImages
+
+            return TransformersImages.load(folder, info)
         if "model_type" in config:
             return _text(folder, config, info, pooling)
     raise UserError(f"{folder / 'config.json'} names neither a timm architecture nor a transformers model_type")
@@ -137,12 +141,8 @@ def load_encoder(source: str | Path, pooling: Pooling | None = None) -> Encoder:
 def _text(folder: Path, config: dict[str, Any], info: dict[str, Any], pooling: Pooling | None) -> Encoder:
     """An export of ours, or a model of transformers."""
     from finetune.text_encoder import DocumentEncoder
-    from finetune.transformers_text import TransformersText, is_vision
+    from finetune.transformers_text import TransformersText
 
-    if is_vision(config):
-        raise UserError(
-            f"{folder} holds a {config['model_type']!r} model of transformers, for pictures; give it in timm's layout"
-        )
     if str(config["model_type"]).startswith("modernbert"):
         try:
             return DocumentEncoder.load(folder, info, pooling or "mean")

@@ -17,6 +17,7 @@ from finetune.export_classifier import classifier_head
 from finetune.export_source import Exported
 from finetune.image_encoder import ImageEncoder
 from finetune.text_encoder import DocumentEncoder
+from finetune.transformers_images import TransformersImages
 from pretrain.encoders.modernbert import to_modernbert
 from pretrain.encoders.torchvision_names import NAMES
 
@@ -97,6 +98,8 @@ def write_transformers(exported: Exported, folder: Path) -> None:
         UserError: an encoder or a pooling that their classifiers do not have.
     """
     encoder = exported.encoder
+    if isinstance(encoder, TransformersImages):
+        return _write_pictures(exported, encoder, folder)
     if isinstance(encoder, ImageEncoder):
         return write_timm(exported, folder)
     if not isinstance(encoder, DocumentEncoder):
@@ -137,6 +140,15 @@ def write_transformers(exported: Exported, folder: Path) -> None:
         (folder / name).write_bytes(payload)
 
 
+def _write_pictures(exported: Exported, encoder: TransformersImages, folder: Path) -> None:
+    """A folder for `AutoModelForImageClassification`, or the bare encoder for `AutoModel`."""
+    encoder.save(folder)
+    if exported.head is not None:
+        model: Any = encoder.classifier(*exported.linear(), exported.classes)
+        model.config.problem_type = _PROBLEMS[exported.task]
+        model.save_pretrained(folder)
+
+
 def classifier_tokenizer(encoder: DocumentEncoder) -> dict[str, bytes]:
     """Their tokenizer's files that give the rows of `encoder.tokenize`: begin and end marks, padded on the right."""
     files = tokenizer_files(encoder.tokenizer, encoder.context, causal=True)
@@ -155,11 +167,13 @@ def load_transformers(folder: Path) -> nn.Module:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    if "image_size" in (config := json.loads((folder / "config.json").read_text())) or "num_channels" in config:
+        return transformers.AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True).eval()
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True).eval()
 
 
 def _pictures(exported: Exported, name: str) -> ImageEncoder:
-    if not isinstance(exported.encoder, ImageEncoder):
+    if not isinstance(exported.encoder, ImageEncoder) or isinstance(exported.encoder, TransformersImages):
         raise UserError(f"{name} holds timm's picture models, not a {type(exported.encoder).__name__}; choose another")
     return exported.encoder
 

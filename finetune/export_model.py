@@ -19,6 +19,7 @@ from finetune.export_card import export_card
 from finetune.export_source import FORMATS, Exported, Format
 from finetune.image_encoder import ImageEncoder
 from finetune.model import TaskModel, claim, load_model, publish
+from finetune.transformers_images import TransformersImages
 
 FORMAT = 1
 ABOUT = "headwater/model_export.json"
@@ -148,7 +149,8 @@ def _ours(exported: Exported, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _default(exported: Exported) -> Format:
-    return "timm" if exported.encoder.kind == "images" else "transformers"
+    timms = isinstance(exported.encoder, ImageEncoder) and not isinstance(exported.encoder, TransformersImages)
+    return "timm" if timms else "transformers"
 
 
 def _write(exported: Exported, layout: Format, inputs: tuple[Tensor, ...], folder: Path) -> None:
@@ -158,8 +160,8 @@ def _write(exported: Exported, layout: Format, inputs: tuple[Tensor, ...], folde
         case "torchvision":
             export_layouts.write_torchvision(exported, folder)
         case "transformers":
-            if exported.head is None and not isinstance(exported.encoder, ImageEncoder):
-                raise UserError("an export of text is a transformers folder already; copy it")
+            if exported.head is None and _default(exported) == "transformers":
+                raise UserError("this encoder is a transformers folder already; copy it")
             export_layouts.write_transformers(exported, folder)
         case "onnx":
             export_graphs.write_onnx(exported, inputs, folder)
@@ -183,7 +185,9 @@ def _runner(folder: Path, layout: Format) -> export_graphs.Run:
 
         disable_progress_bar()
         classified = json.loads((folder / "config.json").read_text())["num_classes"]
-        model = (AutoModelForImageClassification if classified else AutoModel).from_pretrained(folder).eval()
-        return lambda pixels: model(pixels).logits if classified else model(pixels).pooler_output
-    model = export_layouts.load_transformers(folder)
+        theirs = (AutoModelForImageClassification if classified else AutoModel).from_pretrained(folder).eval()
+        return lambda pixels: theirs(pixels).logits if classified else theirs(pixels).pooler_output
+    model: Any = export_layouts.load_transformers(folder)
+    if model.main_input_name == "pixel_values":
+        return lambda pixels: model(pixels).logits
     return lambda tokens, mask: model(tokens, attention_mask=mask).logits

@@ -14,10 +14,18 @@ from data.errors import UserError
 from finetune.blend import check_classes
 from finetune.compare import Judged
 from finetune.model import TaskModel, load_model
+from finetune.overlap import overlap
 from finetune.samples import Samples
 from finetune.settings import Settings
 from finetune.targets import Classification
 from finetune.tasks import Report, load_task, load_test, settle
+
+EQUAL = 0.01
+"""Share of validation items that the test set may hold, too, by chance."""
+NEAR = 0.5
+"""The same of items that only look alike; simple pictures, such as digits, often do."""
+TOLD = 0.05
+"""Share of items that look alike from which on it is told."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +108,16 @@ class ValidationData(LabelledData):
 
     def check_test(self, test: LabelledData) -> None:
         """Raises `UserError` where the result would be judged on what it was chosen on."""
-        for data in (self, test):
-            data.samples(self.members[0].model)
-        if test.fingerprint == self.fingerprint:
+        ours, theirs = (data.samples(self.members[0].model) for data in (self, test))
+        found = None if test.fingerprint == self.fingerprint else overlap(ours, theirs)
+        if found is None or found.equal > EQUAL or found.near > NEAR:
+            how = "are the same data" if found is None else f"share {100 * max(found.equal, found.near):.0f} % of items"
             raise UserError(
-                f"{self.source} and {test.source} are the same data: what is chosen on the test set would look "
+                f"{self.source} and {test.source} {how}: what is chosen on the test set would look "
                 "better than it is; give other validation data"
             )
+        if found.near > TOLD:
+            self.report(f"{100 * found.near:.0f} % of {self.source} look much like an item of {test.source}")
 
     def _open(self, model: TaskModel) -> Samples:
         samples = super()._open(model)

@@ -105,11 +105,6 @@ class TransformersText(DocumentEncoder):
         self.foreign.save_pretrained(folder)
 
 
-def is_vision(config: dict[str, Any]) -> bool:
-    """Whether a `config.json` of transformers describes a model of pictures."""
-    return "image_size" in config or "num_channels" in config
-
-
 def _headless(model: Any) -> nn.Module:
     """Without BERT's pooler, which nothing here reads: it would get no gradient."""
     if getattr(model, "pooler", None) is not None:

@@ -15,6 +15,7 @@ from launch import (
     plan_commands,
     shard_commands,
     task_commands,
+    tuning_commands,
 )
 from launch.parsers import add_command, add_json
 
@@ -62,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     export_commands.add(sub)
     task_commands.add(sub)
     combine_commands.add(sub)
+    tuning_commands.add(sub)
     _status(sub)
     _report(sub)
     advise_commands.add(sub)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from launch.output import tell, to_stderr
-from launch.parsers import add_command, add_json
+from launch.parsers import add_command, add_json, add_output
 
 
 def add(sub: argparse._SubParsersAction) -> None:
@@ -15,8 +14,6 @@ def add(sub: argparse._SubParsersAction) -> None:
     _ensemble(sub)
     _soup(sub)
     _interpolate(sub)
-    _multitask(sub)
-    _adapt(sub)
 
 
 def add_corrupt(kinds: argparse._SubParsersAction) -> None:
@@ -37,7 +34,7 @@ def _ensemble(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--test", help="labelled data to judge it and each member on")
     parser.add_argument("--validation", help="labelled data that no member saw, to choose the weights on")
     parser.add_argument("--weights", metavar="W,W,…", help="given weights, one a model (default: all equal)")
-    _output(parser)
+    add_output(parser)
 
 
 def _soup(sub: argparse._SubParsersAction) -> None:
@@ -47,7 +44,7 @@ def _soup(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--test", help="labelled data to judge soups, members and their ensemble on")
     parser.add_argument("--kind", default="greedy", help="which soup to save: greedy or uniform (default: greedy)")
     parser.add_argument("--train", help="training data, needed where the encoder has BatchNorm")
-    _output(parser)
+    add_output(parser)
 
 
 def _interpolate(sub: argparse._SubParsersAction) -> None:
@@ -62,47 +59,7 @@ def _interpolate(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=int, default=11, help="models on the way, ends included (default: 11)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="robustness curve (default: OUTPUT/robustness.png)")
     parser.add_argument("--train", help="training data, needed where the encoder has BatchNorm")
-    _output(parser)
-
-
-def _multitask(sub: argparse._SubParsersAction) -> None:
-    parser = add_command(sub, "multitask", multitask, "several tasks over one encoder, beside each alone")
-    parser.add_argument("encoder", help="an export's folder")
-    parser.add_argument(
-        "settings",
-        nargs="+",
-        metavar="NAME=TRAIN[:TEST]",
-        help="tasks, by any name that is no setting; and settings of fine-tuning (key=value)",
-    )
-    parser.add_argument("--sampling", default="proportional", help="proportional, equal or temperature (proportional)")
-    parser.add_argument("--temperature", type=float, default=2.0, help="of --sampling temperature (default: 2)")
-    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget of each task")
-    parser.add_argument("--seeds", type=int, default=1, help="repetitions (default: 1)")
-    _output(parser)
-
-
-def _adapt(sub: argparse._SubParsersAction) -> None:
-    parser = add_command(
-        sub, "adapt", adapt, "go on pre-training on a domain's unlabelled data, fine-tune, and compare"
-    )
-    parser.add_argument("export", type=Path, help="an export of ours")
-    parser.add_argument("unlabelled", help="shards of the domain (text: made with the export's tokenizer)")
-    parser.add_argument("train", help="labelled data of the domain")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="key=value",
-        help="with a dot: of the continued pre-training (train.batch_size=64); without: of fine-tuning (lr=1e-3)",
-    )
-    parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
-    parser.add_argument("--source", metavar="SHARDS", help="held-out shards like those before: what is forgotten")
-    parser.add_argument("--strategy", default="full", help="of fine-tuning (default: full)")
-    parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
-    parser.add_argument("--seeds", type=int, default=3, help="repetitions of fine-tuning (default: 3)")
-    parser.add_argument("--lr-share", type=float, default=0.5, help="of the first pre-training's peak rate (0.5)")
-    parser.add_argument("--steps", type=int, help="of continued pre-training (default: a quarter of the first one's)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for everything; the same command resumes")
-    add_json(parser)
+    add_output(parser)
 
 
 def corrupt(arguments: argparse.Namespace) -> int:
@@ -200,93 +157,6 @@ def interpolate(arguments: argparse.Namespace) -> int:
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
 
 
-def multitask(arguments: argparse.Namespace) -> int:
-    """`headwater multitask`."""
-    from data.errors import UserError
-    from finetune.compare import percent
-    from finetune.multitask import multitask
-    from finetune.settings import Settings
-    from launch.task_commands import settings_of
-
-    pairs = [pair for pair in arguments.settings if pair.partition("=")[0] not in Settings.model_fields]
-    tasks: dict[str, tuple[str, str | None]] = {}
-    for pair in pairs:
-        name, equals, data = pair.partition("=")
-        if not equals or not data:
-            raise UserError(f"{pair!r} is no task; write NAME=TRAIN or NAME=TRAIN:TEST")
-        if name in tasks:
-            raise UserError(f"two tasks are named {name!r}; give each a name of its own")
-        train, colon, test = data.rpartition(":")
-        tasks[name] = (train, test) if colon and not test.startswith("//") else (data, None)
-    results = multitask(
-        arguments.encoder,
-        tasks,
-        sampling=arguments.sampling,
-        temperature=arguments.temperature,
-        labels_per_class=arguments.labels_per_class,
-        seeds=range(arguments.seeds),
-        output=arguments.output,
-        overwrite=arguments.overwrite,
-        report=to_stderr,
-        **settings_of([pair for pair in arguments.settings if pair not in pairs]),
-    )
-    lines = []
-    for name, found in results["tasks"].items():
-        joint, alone, lead = found["joint"], found["alone"], found["lead"]
-        difference = f"{100 * lead['difference']:+.1f} ({percent(lead['interval'])})"
-        accuracies = f"{100 * joint['accuracy']:.1f} % together, {100 * alone['accuracy']:.1f} % alone"
-        lines.append(f"{name}: {accuracies}, {difference} points, paired")
-    if arguments.output:
-        first = next(iter(tasks))
-        lines += [
-            f"a model for each task in {arguments.output}",
-            f"next: headwater predict {arguments.output}/{first} FILES",
-        ]
-    return tell(results, "\n".join(lines), arguments)
-
-
-def adapt(arguments: argparse.Namespace) -> int:
-    """`headwater adapt`: exit status 75 when it was told to stop."""
-    from finetune.adapt import Plan, Target, adapt
-    from launch.task_commands import settings_of
-    from pretrain.preemption import Preempted, leave_when_asked
-
-    leave_when_asked()
-    target = Target(arguments.unlabelled, arguments.train, arguments.test, arguments.source)
-    dotted = tuple(pair for pair in arguments.settings if "." in pair.partition("=")[0])
-    plan = Plan(
-        arguments.strategy,
-        arguments.labels_per_class,
-        tuple(range(arguments.seeds)),
-        arguments.lr_share,
-        arguments.steps,
-        dotted,
-    )
-    plain = settings_of([pair for pair in arguments.settings if pair not in dotted])
-    try:
-        results = adapt(arguments.export, target, plan, arguments.output, report=to_stderr, **plain)
-    except Preempted as stop:
-        to_stderr(f"headwater: stopped ({stop.reason}); the same command goes on from there")
-        return stop.status
-    return tell(results, _adapted(results, arguments.output), arguments)
-
-
-def _adapted(results: dict[str, Any], output: Path) -> str:
-    from finetune.compare import percent
-
-    lines = []
-    for name, words in (("plain", "as it was"), ("adapted", "adapted")):
-        low, high = (100 * bound for bound in results[name]["interval"])
-        lines.append(f"{words:<10} accuracy {100 * results[name]['accuracy']:.1f} % ({low:.1f} to {high:.1f})")
-    lead = results["lead"]
-    lines.append(f"adaptation gave {100 * lead['difference']:+.1f} points ({percent(lead['interval'])}), paired")
-    before, after = results["pretraining"]["before"], results["pretraining"]["after"]
-    for name, words in (("validation_loss", "held-out loss of the domain"), ("source_loss", "of the source")):
-        if name in before:
-            lines.append(f"{words}: {before[name]:.4f} before, {after[name]:.4f} after")
-    return "\n".join([*lines, f"everything is in {output}", f"next: headwater predict {output}/adapted/seed0 FILES"])
-
-
 def _weights(text: str | None) -> list[float] | None:
     from data.errors import UserError
 
@@ -302,9 +172,3 @@ def _saved(arguments: argparse.Namespace) -> list[str]:
     if arguments.output is None:
         return []
     return [f"model and results.json in {arguments.output}", f"next: headwater predict {arguments.output} FILES"]
-
-
-def _output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, help="folder for the model and results.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
-    add_json(parser)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -18,3 +19,10 @@ def add_command(sub: argparse._SubParsersAction, name: str, command: Command, te
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option `--json`."""
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """`--output` of a model, `--overwrite` and `--json`."""
+    parser.add_argument("--output", type=Path, help="folder for the model and results.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    add_json(parser)

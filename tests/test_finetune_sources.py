@@ -132,7 +132,7 @@ def test_unfit_folders_of_transformers_are_one_sentence(tmp_path: Path) -> None:
     refused({"num_hidden_layers": 3}, r"lack .*of the model's")
     refused({"hidden_size": 64}, "does not load as a text model")
     refused({"model_type": "of_my_own", "auto_map": {"AutoModel": "mine.Model"}}, "does not load as a text model")
-    refused({"model_type": "vit", "image_size": 8}, "for pictures; give it in timm")
+    refused({"model_type": "vit", "image_size": 8}, "preprocessor_config.json")
     refused({"model_type": "t5", "is_encoder_decoder": True}, "encoder and decoder|no model of text|does not load")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
