@@ -109,9 +109,10 @@ class ValidationData(LabelledData):
     def check_test(self, test: LabelledData) -> None:
         """Raises `UserError` where the result would be judged on what it was chosen on."""
         ours, theirs = (data.samples(self.members[0].model) for data in (self, test))
-        found = None if test.fingerprint == self.fingerprint else overlap(ours, theirs)
-        if found is None or found.equal > EQUAL or found.near > NEAR:
-            how = "are the same data" if found is None else f"share {100 * max(found.equal, found.near):.0f} % of items"
+        found = overlap(ours, theirs)  # of contents: fingerprints know names and sizes alone
+        if found.equal > EQUAL or found.near > NEAR:
+            share = 100 * max(found.equal, found.near)
+            how = "are the same data" if found.equal == 1 else f"share {share:.0f} % of the first one's items"
             raise UserError(
                 f"{self.source} and {test.source} {how}: what is chosen on the test set would look "
                 "better than it is; give other validation data"

@@ -33,7 +33,7 @@ def _accuracy(axes: Axes, results: dict[str, Any]) -> None:
         axes.plot(labels, value, style, color=curve.colour, marker="o", markersize=4, label=curve.name)
         axes.fill_between(labels, low, high, color=curve.colour, alpha=0.1, linewidth=0)
     axes.set(title="Accuracy (bands: 95 % intervals)", ylabel="test accuracy, %")
-    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    axes.legend(fontsize=8, framealpha=0.6, edgecolor="none")
     _labels(axes, results)
 
 

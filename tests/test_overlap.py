@@ -59,7 +59,7 @@ def test_nothing_is_chosen_on_a_corrupted_copy_of_the_test_set(tmp_path: Path) -
     member = _member(tmp_path / "encoder")
     test, other = _pictures(tmp_path / "test", 1), _pictures(tmp_path / "other", 2)
     corrupt(test, tmp_path / "noisy", "noise", 2)
-    with pytest.raises(UserError, match="share 100 % of items"):
+    with pytest.raises(UserError, match="share 100 % of the first"):
         ensemble([member], test, validation=tmp_path / "noisy", report=lambda _: None, cpu=True)
     found = ensemble([member], test, validation=other, report=lambda _: None, cpu=True)
     assert found["members"][0]["weight"] == 1.0
