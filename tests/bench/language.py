@@ -1,13 +1,14 @@
 """A training step of the language objectives beside transformers' models: same parameters, batch, context, precision.
 
-    python tests/bench/language.py [--precision no|bf16] [--rounds 5] [--preset cpu|gpt2] [--kernels]
+    python tests/bench/language.py [--precision no|bf16] [--rounds 5] [--preset cpu|gpt2] [--compile] [--kernels]
 
 Next-token steps are compared on full rows of one document (as GPT-2 and Llama take them); masked steps on documents of
 realistic lengths (log-normal, of which half are shorter than a third of the context), which ours packs into rows and
 transformers' models pad to the longest of a batch. All run forward, backward and AdamW, interleaved, in one process on
 all threads that torch has (set OMP_NUM_THREADS); the median round counts. Tokens/s are of real tokens alone. MFU is
 6 FLOP a parameter that multiplies (and 12 a score's width a token and layer) over the ceiling of square matrix products
-measured in the same run. `--kernels` also times attention by varlen, FlexAttention and SDPA, on a GPU.
+measured in the same run. `--compile` compiles every model. One thread on a CPU is timed by processor time, so that
+other work on the machine counts less. `--kernels` also times attention by varlen, FlexAttention and SDPA, on a GPU.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pretrain.objectives.masked_language import MaskedLanguage, MaskedLanguageCo
 from pretrain.objectives.next_token import NextToken, NextTokenConfig
 
 CUDA = torch.cuda.is_available()
+CLOCK = time.perf_counter if CUDA or torch.get_num_threads() > 1 else time.process_time
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 MARKS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
@@ -80,7 +82,7 @@ class Contender:
 
     def step(self, precision: torch.dtype | None) -> float:
         """Seconds of one step."""
-        began = time.perf_counter()
+        began = CLOCK()
         with torch.autocast(DEVICE.type, precision) if precision else nullcontext():
             loss = self.loss()
         loss.backward()
@@ -88,7 +90,7 @@ class Contender:
         self.optimizer.zero_grad()
         if CUDA:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return CLOCK() - began
 
 
 def next_token(shape: Shape) -> list[Contender]:
@@ -224,17 +226,21 @@ def ceiling(precision: torch.dtype | None) -> float:
     a, b = (torch.randn(size, size, device=DEVICE, dtype=precision or torch.float32) for _ in range(2))
     best = 0.0
     for _ in range(12):
-        began = time.perf_counter()
+        began = CLOCK()
         torch.mm(a, b)
         if CUDA:
             torch.cuda.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        best = max(best, 2 * size**3 / (CLOCK() - began))
     return best
 
 
-def table(title: str, contenders: list[Contender], precision: torch.dtype | None, rounds: int) -> None:
+def table(
+    title: str, contenders: list[Contender], precision: torch.dtype | None, rounds: int, compiled: bool = False
+) -> None:
     """Interleaved rounds; a Markdown table of medians."""
     for contender in contenders:
+        if compiled:
+            contender.model.compile()
         contender.step(precision)
     seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     ceilings = []
@@ -301,6 +307,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["no", "bf16", "both"], default="both")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--preset", choices=PRESETS, default="gpt2" if CUDA else "cpu")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     given = parser.parse_args()
     shape = PRESETS[given.preset]
@@ -309,10 +316,11 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {where}; {shape}")
     for precision in ("no", "bf16") if given.precision == "both" else (given.precision,):
         dtype = torch.bfloat16 if precision == "bf16" else None
-        label = "bf16 autocast" if dtype else "float32"
-        table(f"Next-token step, {label}, {shape.batch} x {shape.context}", next_token(shape), dtype, given.rounds)
+        label = ("bf16 autocast" if dtype else "float32") + (", compiled" if given.compile else "")
+        title = f"Next-token step, {label}, {shape.batch} x {shape.context}"
+        table(title, next_token(shape), dtype, given.rounds, given.compile)
         title = f"Masked step, {label}, documents of up to {shape.masked_context} tokens"
-        table(title, masked(shape), dtype, given.rounds)
+        table(title, masked(shape), dtype, given.rounds, given.compile)
     if given.kernels:
         if not CUDA:
             sys.exit("--kernels needs a CUDA device: varlen and FlexAttention's backward pass do not run on a CPU")
