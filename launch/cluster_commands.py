@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.kubernetes import KINDS
 from launch.parsers import add_command
 
 
@@ -24,7 +25,9 @@ def add(sub: argparse._SubParsersAction) -> None:
     slurm.add_argument("--follow", action="store_true", help="stay and pass on the job's log")
     _shard(kinds)
     kubernetes = _kind(kinds, "kubernetes", run_kubernetes, "print Kubernetes manifests of a run")
-    kubernetes.add_argument("--kind", choices=["job", "pytorchjob"], default="job", help="plain Job, or Kubeflow's")
+    kubernetes.add_argument(
+        "--kind", choices=KINDS, default="job", help="plain Job, or Kubeflow's v1 or v2 (default: job)"
+    )
     kubernetes.add_argument("--claim", default="headwater", help="volume claim for shards and runs")
     sky = _kind(kinds, "skypilot", run_skypilot, "print a SkyPilot task of a run, for sky jobs launch")
     sky.add_argument("--accelerator", default="H100", help="SkyPilot's name of the GPU (default: H100)")
@@ -120,12 +123,12 @@ def run_kubernetes(arguments: argparse.Namespace) -> int:
     import yaml
 
     from data.errors import UserError
-    from launch.kubernetes import manifests
+    from launch.kubernetes import manifests, preface
 
     if not arguments.image:
         raise UserError("give the container image that has headwater installed (--image)")
     trees = manifests(_cluster_job(arguments), arguments.kind)
-    print(yaml.safe_dump_all(trees, sort_keys=False), end="")
+    print(preface(arguments.kind) + yaml.safe_dump_all(trees, sort_keys=False), end="")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Kubernetes manifests of a run: a plain Indexed Job, or Kubeflow's PyTorchJob."""
+"""Kubernetes manifests of a run: a plain Indexed Job, or Kubeflow's PyTorchJob or TrainJob."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Literal
 from data.errors import UserError
 from pretrain.exits import REQUEUE
 
+Kind = Literal["job", "pytorchjob", "trainjob"]
+KINDS: tuple[Kind, ...] = ("job", "pytorchjob", "trainjob")
 _PORT = 29400
 _SHUTDOWN_SECONDS = 60
 """What the launcher and the watchdog may need besides the save."""
@@ -44,18 +46,32 @@ class ClusterJob:
     """How often failed pods are started again before the job is given up."""
 
 
-def manifests(job: ClusterJob, kind: Literal["job", "pytorchjob"] = "job") -> list[dict[str, Any]]:
+def manifests(job: ClusterJob, kind: Kind = "job") -> list[dict[str, Any]]:
     """The objects to apply.
 
     `job` needs nothing but Kubernetes (1.26 or newer): an Indexed Job, whose first pod is found through a
     headless service, and in which a pod that saved and ended with status 75 is replaced without counting
-    as a failure. `pytorchjob` needs Kubeflow's training operator (v1).
+    as a failure. `pytorchjob` needs Kubeflow's training operator (v1). `trainjob` needs Kubeflow Trainer (v2):
+    a TrainJob beside a TrainingRuntime of its own, which holds what a TrainJob cannot say (volumes, restarts).
 
     Raises:
         UserError: a name that Kubernetes does not take, or a number that makes no sense.
     """
     check(job)
-    return _indexed(job) if kind == "job" else _pytorch(job)
+    return {"job": _indexed, "pytorchjob": _pytorch, "trainjob": _train}[kind](job)
+
+
+def preface(kind: Kind) -> str:
+    """YAML comments that say how far manifests of this kind were tried, and what to do next."""
+    schema, needs = {
+        "job": ("Kubernetes 1.31's schema", "Kubernetes 1.26 or newer"),
+        "pytorchjob": ("the fields of Kubeflow's Python models (kubeflow-training)", "Kubeflow training operator v1"),
+        "trainjob": ("Kubeflow Trainer's Python models (kubeflow-trainer-api 2)", "Kubeflow Trainer v2"),
+    }[kind]
+    return (
+        f"# Needs {needs}, and the volume claim. Headwater's tests checked this shape against {schema};\n"
+        "# they ran it on no cluster. Next: kubectl apply --dry-run=server -f FILE, then kubectl apply -f FILE.\n"
+    )
 
 
 def check(job: ClusterJob) -> None:
@@ -84,12 +100,23 @@ def _indexed(job: ClusterJob) -> list[dict[str, Any]]:
         "spec": {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True},
     }
     pod = _pod(job, command(job, f"{job.name}-0.{job.name}"))
-    pod["restartPolicy"] = "Never"
     pod["subdomain"] = job.name
-    spec = {
+    template = {"metadata": {"labels": labels}, "spec": pod}
+    spec = {"completions": job.nodes, "parallelism": job.nodes} | _restarting(job, template)
+    whole = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job.name, "labels": labels},
+        "spec": spec,
+    }
+    return [service, whole] if job.nodes > 1 else [whole]
+
+
+def _restarting(job: ClusterJob, template: dict[str, Any]) -> dict[str, Any]:
+    """The part of a Job's spec that starts failed pods again, but not those that were given bad input."""
+    template["spec"]["restartPolicy"] = "Never"  # the policy needs it; the Job makes new pods
+    return {
         "completionMode": "Indexed",
-        "completions": job.nodes,
-        "parallelism": job.nodes,
         "backoffLimit": job.restarts,
         "podFailurePolicy": {
             "rules": [
@@ -98,15 +125,8 @@ def _indexed(job: ClusterJob) -> list[dict[str, Any]]:
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
             ]
         },
-        "template": {"metadata": {"labels": labels}, "spec": pod},
+        "template": template,
     }
-    whole = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": job.name, "labels": labels},
-        "spec": spec,
-    }
-    return [service, whole] if job.nodes > 1 else [whole]
 
 
 def _pytorch(job: ClusterJob) -> list[dict[str, Any]]:
@@ -124,6 +144,41 @@ def _pytorch(job: ClusterJob) -> list[dict[str, Any]]:
         "pytorchReplicaSpecs": roles,
     }
     return [{"apiVersion": "kubeflow.org/v1", "kind": "PyTorchJob", "metadata": {"name": job.name}, "spec": spec}]
+
+
+def _train(job: ClusterJob) -> list[dict[str, Any]]:
+    pod = _pod(job, command(job, f"{job.name}-node-0-0.{job.name}"))  # as JobSet names the pod of the first node
+    container = pod["containers"][0]
+    container["name"] = "node"  # the trainer's settings go to the job and the container of this name
+    trainer = {"image": container["image"], "command": container.pop("command"), "numNodes": job.nodes}
+    trainer |= {"env": container.pop("env"), "resourcesPerNode": container.pop("resources")}
+    replicated = {
+        "name": "node",
+        "template": {
+            "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
+            "spec": _restarting(job, {"spec": pod}),
+        },
+    }
+    # No torch policy: `headwater pretrain` starts the processes, and torchrun's variables would only disturb it.
+    runtime = {
+        "mlPolicy": {"numNodes": job.nodes},
+        "template": {
+            "spec": {
+                # The Job replaces its pods; a JobSet that starts over would hide that bad input was refused.
+                "failurePolicy": {"maxRestarts": 0},
+                "network": {"publishNotReadyAddresses": True},
+                "replicatedJobs": [replicated],
+            }
+        },
+    }
+    group = "trainer.kubeflow.org"
+    reference = {"apiGroup": group, "kind": "TrainingRuntime", "name": job.name}
+    head = {"apiVersion": f"{group}/v1alpha1"}
+    return [
+        head | {"kind": "TrainingRuntime", "metadata": {"name": job.name}, "spec": runtime},
+        head
+        | {"kind": "TrainJob", "metadata": {"name": job.name}, "spec": {"runtimeRef": reference, "trainer": trainer}},
+    ]
 
 
 def _pod(job: ClusterJob, words: list[str]) -> dict[str, Any]:

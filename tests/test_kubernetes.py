@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import yaml
 
 from data.errors import UserError
-from launch.kubernetes import ClusterJob, manifests
+from launch.cli import main
+from launch.kubernetes import KINDS, ClusterJob, Kind, manifests
 from launch.skypilot import task
 
 JOB = ClusterJob("mae-vit-b", ["mae_vit_base", "--output", "runs/a"], "registry.example/headwater:1", nodes=2)
@@ -42,11 +44,15 @@ def test_a_pod_that_saved_does_not_count_as_a_failure() -> None:
     assert failed[0]["onExitCodes"]["values"] == [2], "bad input is not tried again"
 
 
-@pytest.mark.parametrize("kind", ["job", "pytorchjob"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pod_has_time_to_save_shared_memory_and_the_volume(kind: Any) -> None:
     tree = manifests(JOB, kind)[-1]
-    pod = (tree["spec"] if kind == "job" else tree["spec"]["pytorchReplicaSpecs"]["Worker"])["template"]["spec"]
-    shutdown = int(pod["containers"][0]["env"][0]["value"])
+    if kind == "trainjob":
+        pod, said = replicated()["spec"]["template"]["spec"], tree["spec"]["trainer"]
+    else:
+        pod = (tree["spec"] if kind == "job" else tree["spec"]["pytorchReplicaSpecs"]["Worker"])["template"]["spec"]
+        said = pod["containers"][0]
+    shutdown = int(said["env"][0]["value"])
     assert pod["terminationGracePeriodSeconds"] > shutdown >= JOB.save_seconds
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
@@ -68,9 +74,67 @@ def test_the_pytorchjob_has_the_fields_of_kubeflows_own_model() -> None:
         assert pod["containers"][0]["name"] == "pytorch"
 
 
+def replicated() -> dict[str, Any]:
+    """The Job template of the TrainJob's runtime."""
+    found: dict[str, Any] = manifests(JOB, "trainjob")[0]["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]
+    return found
+
+
+def by_kubeflow_trainer(tree: dict[str, Any]) -> dict[str, Any]:
+    """What Kubeflow Trainer's own model keeps of it: it checks types, and drops fields that it does not know."""
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    model = {"TrainJob": models.TrainerV1alpha1TrainJob, "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime}
+    kept: dict[str, Any] = model[tree["kind"]].from_dict(tree).to_dict()
+    return kept
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_trainjob_is_valid(nodes: int) -> None:
+    runtime, job = manifests(replace(JOB, nodes=nodes), "trainjob")
+    for tree in (runtime, job):
+        assert by_kubeflow_trainer(tree) == tree
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["trainer"]["numNodes"] == runtime["spec"]["mlPolicy"]["numNodes"] == nodes
+    # The Job within is Kubernetes' own, once the trainer's settings are in its container.
+    template = replicated()["spec"] | {"completions": nodes, "parallelism": nodes}
+    template["template"]["spec"]["containers"][0]["command"] = job["spec"]["trainer"]["command"]
+    validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": template})
+
+
+def test_the_trainjobs_validator_can_fail() -> None:
+    runtime, job = manifests(JOB, "trainjob")
+    job["spec"]["trainer"]["nodes"] = 2
+    assert by_kubeflow_trainer(job) != job
+    runtime["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"] = "many"
+    with pytest.raises(ValueError, match="maxRestarts"):
+        by_kubeflow_trainer(runtime)
+
+
+def test_the_trainjob_restarts_as_the_plain_job_does() -> None:
+    plain = manifests(JOB)[-1]["spec"]
+    job = replicated()["spec"]
+    assert job["podFailurePolicy"] == plain["podFailurePolicy"]
+    assert job["backoffLimit"] == plain["backoffLimit"] == JOB.restarts
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    labels = replicated()["metadata"]["labels"]
+    assert labels == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}, "or the trainer finds no job to fill"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_printed_says_what_was_not_run(kind: Kind, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "kubernetes", "mae_cifar10", "data.train=shards", "--image", "x:1", "--kind", kind]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "ran it on no cluster" in printed
+    job = ClusterJob("mae-cifar10", ["mae_cifar10", "data.train=shards", "--output", "runs/mae_cifar10"], "x:1", gpus=0)
+    assert list(yaml.safe_load_all(printed)) == manifests(job, kind)
+
+
 def test_nodes_meet_at_the_first() -> None:
     job = manifests(JOB)[-1]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert job[job.index("--main-address") + 1] == "mae-vit-b-0.mae-vit-b"
+    train = manifests(JOB, "trainjob")[-1]["spec"]["trainer"]["command"]
+    assert train[train.index("--main-address") + 1] == "mae-vit-b-node-0-0.mae-vit-b"
     assert "--main-address" not in manifests(replace(JOB, nodes=1))[-1]["spec"]["template"]["spec"]["containers"][0]
 
 
