@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 34
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 16, 12, 34
 
 
 @dataclass
@@ -34,6 +34,8 @@ class Chart:
     """Whether each point is shown: for few of them."""
     from_zero: bool = False
     """Whether the y axis starts at 0: for rates and shares."""
+    span: tuple[float, float] | None = None
+    """Ends of the x axis, so that charts beside each other can be compared; by default those of the points."""
 
 
 def svg(chart: Chart) -> str:
@@ -41,11 +43,11 @@ def svg(chart: Chart) -> str:
     points = [(x, y) for line in chart.lines for x, y in line.points if math.isfinite(y)]
     if not points:
         return ""
-    xs, ys = [x for x, _ in points], [y for _, y in points]
+    xs, ys = chart.span or [x for x, _ in points], [y for _, y in points]
     across = _Axis(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
     up = _Axis(min([0.0, *ys] if chart.from_zero else ys), max(ys), HEIGHT - _BOTTOM, _TOP)
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">']
-    for tick in up.ticks(4):
+    for tick in up.ticks(5):
         y = up.place(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')

@@ -191,7 +191,8 @@ def _status(sub: argparse._SubParsersAction) -> None:
 
 def _report(sub: argparse._SubParsersAction) -> None:
     parser = add_command(sub, "report", commands.report, "one HTML page about a run: curves, pictures, environment")
-    parser.add_argument("run", type=Path, help="run folder; the page is written into it")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/report.html)")
     parser.add_argument(
         "--no-pictures", action="store_true", help="leave out what the model sees (does not load torch)"
     )

@@ -66,5 +66,5 @@ def report(arguments: argparse.Namespace) -> int:
     """`headwater report`."""
     from launch.report import write_report
 
-    print(write_report(arguments.run, pictures=not arguments.no_pictures))
+    print(write_report(arguments.run, pictures=not arguments.no_pictures, output=arguments.output))
     return 0

@@ -39,19 +39,23 @@ svg circle{fill:var(--line)}svg .mark{stroke:var(--mark);stroke-width:2;stroke-d
 img{width:100%;image-rendering:pixelated;border-radius:4px}table{border-collapse:collapse;width:100%;font-size:.9rem}
 td{padding:3px 10px 3px 0;vertical-align:top;overflow-wrap:anywhere}td:first-child{color:var(--soft);white-space:nowrap}
 pre{background:var(--card);border-radius:8px;padding:12px;overflow-x:auto;font-size:.85rem}.bad{color:var(--mark)}
+@media(max-width:520px){svg text{font-size:18px}.tiles{grid-template-columns:repeat(auto-fit,minmax(100px,1fr))}}
 """
 
 
-def write_report(run: Path, pictures: bool = True) -> Path:
-    """Write `run/report.html`; nothing beside it is needed to read it.
+def write_report(run: Path, pictures: bool = True, output: Path | None = None) -> Path:
+    """Write `output` (by default `run/report.html`); nothing beside it is needed to read it.
 
     Args:
         pictures: also show views (and reconstructions, for masked image modelling), if there is an export
             and its data can still be read; this loads torch.
 
     Raises:
-        UserError: `run` is no run folder, or has logged nothing yet.
+        UserError: `run` is no run folder, or has logged nothing yet, or `output` cannot be written.
     """
+    target = output or run / "report.html"
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output {output} must name a file in a folder that exists")
     status = read_status(run)
     lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
     if not lines:
@@ -72,12 +76,13 @@ def write_report(run: Path, pictures: bool = True) -> Path:
         f"<title>{html.escape(run.name)}: {status.state}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(sections)}</body></html>\n"
     )
-    write_atomically(run / "report.html", page)
-    return run / "report.html"
+    write_atomically(target, page)
+    return target
 
 
 def _head(run: Path, status: Status, starts: list[dict[str, Any]]) -> str:
-    tiles = [("state", status.state), ("step", f"{status.step:,}" + (f" of {status.steps:,}" if status.steps else ""))]
+    of = f"of {status.steps:,} steps" if status.steps else "steps"
+    tiles = [("state", status.state), (of, f"{status.step:,}")]
     tiles += [("loss", f"{status.loss:.4f}")] if status.loss is not None else []
     speed, wait = status.samples_per_second, status.data_wait
     tiles += [("samples a second", f"{speed:,.0f}")] if speed is not None else []
@@ -93,14 +98,17 @@ def _head(run: Path, status: Status, starts: list[dict[str, Any]]) -> str:
 def _charts(lines: list[dict[str, Any]], starts: list[dict[str, Any]]) -> list[str]:
     marks = [(start["step"], f"resumed {start['time']}") for start in starts[1:]]
     names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
-    order = [name for name in _TITLES if name in names]
+    # The loss, what was probed, and then how it went.
+    order = ["loss"] * ("loss" in names)
     order += [name for name in names if name not in _TITLES and name not in _PLACE]
+    order += [name for name in _TITLES if name in names and name != "loss"]
+    span = (min(line["step"] for line in lines), max(line["step"] for line in lines))
     figures = []
     for name in order:
         points = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
         title = _TITLES.get(name, name.replace("_", " ").capitalize())
         few, rate = len(points) < 40, name in _RATES
-        picture = svg(Chart(title, [Line(thin(points))], marks=marks, dots=few, from_zero=rate))
+        picture = svg(Chart(title, [Line(thin(points))], marks=marks, dots=few, from_zero=rate, span=span))
         last = f"{points[-1][1]:.4g} at step {points[-1][0]:,}"
         figures.append(f"<figure><figcaption>{html.escape(title)}: {last}</figcaption>{picture}</figure>")
     return figures

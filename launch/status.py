@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -197,7 +198,7 @@ def _health(state: str, said: dict[str, Any], last: dict[str, Any], quiet: float
     if state == "silent":
         troubles.append(f"nothing written for {duration(quiet)}")
     if said.get("reason"):
-        troubles.append(" ".join(str(said["reason"]).split())[:100])
+        troubles.append(textwrap.shorten(str(said["reason"]), 100, placeholder=" …"))
     if last.get("skipped"):
         troubles.append(f"{last['skipped']} steps in a row skipped (not finite)")
     if state == "running" and (last.get("data_wait") or 0.0) > 0.1:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import apt_kit
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
 NODES = ("hw-one", "hw-two", "hw-three")
 
@@ -20,14 +22,7 @@ def missing() -> str | None:
     """Why SLURM cannot run here, after trying to install it; None when it can."""
     if os.geteuid() != 0:
         return "starting SLURM needs root"
-    if not all(shutil.which(name) for name in PROGRAMS):
-        if shutil.which("apt-get") is None:
-            return "SLURM is not installed (Debian: apt-get install slurm-wlm munge)"
-        for words in (["update", "-qq"], ["install", "-y", "-qq", "slurm-wlm", "munge"]):
-            environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            subprocess.run(["apt-get", *words], env=environment, capture_output=True)
-    absent = [name for name in PROGRAMS if not shutil.which(name)]
-    return f"{', '.join(absent)} could not be installed" if absent else None
+    return apt_kit.missing(PROGRAMS, ["slurm-wlm", "munge"])
 
 
 @contextmanager

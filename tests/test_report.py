@@ -10,14 +10,26 @@ import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
+import apt_kit
 import pytest
 from test_status import make_run
 
 from data.errors import UserError
 from launch.charts import Chart, Line, number, svg, thin
+from launch.cli import main
 from launch.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    """A headless Chromium, installed where that may be done."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    reason = None if found else apt_kit.missing(["chromium"], ["chromium"])
+    if reason:
+        pytest.skip(reason)
+    return found or "chromium"
 
 
 @pytest.fixture
@@ -61,6 +73,22 @@ def test_each_chart_is_well_formed_with_its_marks_inside(run: Path) -> None:
     assert len([line for line in loss.iter("line") if line.get("class") == "mark"]) == 1
 
 
+def test_charts_beside_each_other_share_their_steps(run: Path) -> None:
+    page = write_report(run, pictures=False).read_text()
+    probes = page[page.index("<figcaption>Knn accuracy") :]
+    assert probes.index('text-anchor="middle">40<') < probes.index("</svg>"), "though the last probe was at step 30"
+    assert page.index("Knn accuracy") < page.index("Learning rate")
+
+
+def test_the_page_can_go_elsewhere(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["report", str(run), "--no-pictures", "--output"]
+    assert main([*words, str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").stat().st_size > 0
+    assert not (run / "report.html").exists(), "a run that others watch is left alone"
+    assert main([*words, str(tmp_path / "no" / "page.html")]) == 2
+    assert "folder that exists" in capsys.readouterr().err
+
+
 def test_nothing_logged_is_said(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match="has logged nothing yet"):
@@ -90,9 +118,8 @@ def test_numbers_of_ticks(value: float, text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_shows_it_without_sideways_scrolling(run: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_it_without_sideways_scrolling(run: Path, browser: str, tmp_path: Path, width: int) -> None:
     page = write_report(run, pictures=False).read_text()
     probe = tmp_path / "probe.html"
     # The page inside a frame of the width asked for: headless windows have a least width of their own.
@@ -100,12 +127,16 @@ def test_a_browser_shows_it_without_sideways_scrolling(run: Path, tmp_path: Path
     probe.write_text(
         f'<iframe id="f" style="border:0;width:{width}px;height:900px" srcdoc="{inner}"></iframe><script>'
         "onload=()=>{const d=document.getElementById('f').contentDocument;const r=d.documentElement;"
-        "document.title=[r.scrollWidth,r.clientWidth,d.querySelectorAll('svg').length].join(' ')}</script>"
+        "const small=Math.min(...[...d.querySelectorAll('svg text')].map(t=>t.getBoundingClientRect().height));"
+        "document.title=[r.scrollWidth,r.clientWidth,d.querySelectorAll('svg').length,small|0].join(' ')}</script>"
     )
-    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    words = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--dump-dom"]
+    words += ["--no-first-run", "--disable-background-networking", "--disable-sync"]
+    words += [f"--user-data-dir={tmp_path / 'profile'}"]
     done = subprocess.run([*words, probe.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    found = re.search(r"<title>(\d+) (\d+) (\d+)</title>", done.stdout)
+    found = re.search(r"<title>(\d+) (\d+) (\d+) (\d+)</title>", done.stdout)
     assert found, done.stdout[-500:]
-    scroll, client, charts = map(int, found.groups())
+    scroll, client, charts, letters = map(int, found.groups())
     assert scroll <= client == width
     assert charts == 4
+    assert letters >= 10, "the axes can be read"

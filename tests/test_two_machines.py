@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import apt_kit
 import pytest
 from pretrain_kit import ENVIRONMENT, write_recipe
 from safetensors.torch import load_file
@@ -34,8 +34,9 @@ def ip(*words: str, check: bool = True) -> str:
 @pytest.fixture
 def cable() -> Iterator[None]:
     """Two machines with a cable between them."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("network namespaces need root and iproute2 (Debian: apt-get install iproute2)")
+    reason = "network namespaces need root" if os.geteuid() else apt_kit.missing(["ip"], ["iproute2"])
+    if reason:
+        pytest.skip(reason)
     remove_machines()
     made = subprocess.run(["ip", "netns", "add", "hw-test-a"], capture_output=True, text=True)
     if made.returncode:
