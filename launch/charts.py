@@ -54,7 +54,7 @@ def svg(chart: Chart) -> str:
     for tick in across.ticks(5):
         x = across.place(tick)
         parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 16}" text-anchor="middle">{number(tick)}</text>')
-    parts.append(f'<text x="{WIDTH - _RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{html.escape(chart.x_label)}</text>')
+    parts.append(f'<text x="{WIDTH - _RIGHT}" y="{HEIGHT - 5}" text-anchor="end">{html.escape(chart.x_label)}</text>')
     for where, what in chart.marks:
         if across.low <= where <= across.high:
             x = across.place(where)

@@ -15,6 +15,7 @@ KINDS: tuple[Kind, ...] = ("job", "pytorchjob", "trainjob")
 _PORT = 29400
 _SHUTDOWN_SECONDS = 60
 """What the launcher and the watchdog may need besides the save."""
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kMGTP]|[KMGTP]i)?")
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,50}[a-z0-9])?")
 
 
@@ -80,6 +81,14 @@ def check(job: ClusterJob) -> None:
         raise UserError(f"job name {job.name!r} must be lower-case letters, digits and hyphens (--name)")
     if job.nodes < 1 or job.gpus < 0 or job.cpus < 1:
         raise UserError(f"{job.nodes} nodes of {job.gpus} GPUs and {job.cpus} CPUs: use at least 1 node and 1 CPU")
+    if not _NAME.fullmatch(job.claim):
+        raise UserError(f"volume claim {job.claim!r} must be lower-case letters, digits and hyphens (--claim)")
+    if not _QUANTITY.fullmatch(job.memory):
+        raise UserError(f"memory {job.memory!r} is no amount that Kubernetes knows; write one such as 64Gi (--memory)")
+    if not job.mount.startswith("/"):
+        raise UserError(f"mount {job.mount!r} must begin with / (--mount)")
+    if job.save_seconds < 1:
+        raise UserError(f"--save-seconds {job.save_seconds}: at least 1 is needed")
 
 
 def command(job: ClusterJob, main: str) -> list[str]:

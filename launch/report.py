@@ -10,8 +10,8 @@ from typing import Any
 from data.errors import UserError
 from data.files import write_atomically
 from launch.charts import Chart, Line, svg, thin
-from launch.status import Status, duration, read_status
-from pretrain.metrics import read_metrics, read_starts
+from launch.status import Status, duration, logged, read_status
+from pretrain.metrics import read_starts
 
 _PLACE = ("step", "samples", "epoch")
 _RATES = ("samples_per_second", "data_wait")
@@ -39,7 +39,7 @@ svg circle{fill:var(--line)}svg .mark{stroke:var(--mark);stroke-width:2;stroke-d
 img{width:100%;image-rendering:pixelated;border-radius:4px}table{border-collapse:collapse;width:100%;font-size:.9rem}
 td{padding:3px 10px 3px 0;vertical-align:top;overflow-wrap:anywhere}td:first-child{color:var(--soft);white-space:nowrap}
 pre{background:var(--card);border-radius:8px;padding:12px;overflow-x:auto;font-size:.85rem}.bad{color:var(--mark)}
-@media(max-width:520px){svg text{font-size:18px}.tiles{grid-template-columns:repeat(auto-fit,minmax(100px,1fr))}}
+@media(max-width:520px){svg text{font-size:18px}}
 """
 
 
@@ -57,17 +57,20 @@ def write_report(run: Path, pictures: bool = True, output: Path | None = None) -
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise UserError(f"--output {output} must name a file in a folder that exists")
     status = read_status(run)
-    lines = read_metrics(run) if (run / "metrics.jsonl").exists() else []
+    lines = logged(run)
     if not lines:
         raise UserError(f"{run} has logged nothing yet; wait for its first line of metrics.jsonl")
-    starts = read_starts(run)
+    try:
+        starts, environment = read_starts(run), _environment(run)
+    except (OSError, ValueError) as error:
+        raise UserError(f"starts.jsonl or environment.json in {run} cannot be read ({error})") from None
     seen = _looked_at(run) if pictures else ""
     sections = [
         _head(run, status, starts),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(lines, starts))}</div>',
         seen,
         f"<h2>Starts</h2>{_starts(starts)}" if starts else "",
-        f"<h2>Environment</h2>{_environment(run)}",
+        f"<h2>Environment</h2>{environment}",
         f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
     ]
     page = (
@@ -76,7 +79,10 @@ def write_report(run: Path, pictures: bool = True, output: Path | None = None) -
         f"<title>{html.escape(run.name)}: {status.state}</title><style>{_STYLE}</style></head>"
         f"<body>{''.join(sections)}</body></html>\n"
     )
-    write_atomically(target, page)
+    try:
+        write_atomically(target, page)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}); choose another --output") from None
     return target
 
 

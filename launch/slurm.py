@@ -137,9 +137,12 @@ def write(job: Job) -> Path:
     """Write the script to `RUN/slurm/job.sh`."""
     path = job.run / "slurm" / "job.sh"
     text = script(job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text)
-    path.chmod(0o755)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+        path.chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another --output") from None
     return path
 
 

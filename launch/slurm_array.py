@@ -73,10 +73,13 @@ def scripts(array: Array) -> dict[str, str]:
 def write(array: Array) -> Path:
     """Write the scripts; returns their folder."""
     texts = scripts(array)
-    array.folder.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_atomically(array.folder / name, text)
-        (array.folder / name).chmod(0o755)
+    try:
+        array.folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_atomically(array.folder / name, text)
+            (array.folder / name).chmod(0o755)
+    except OSError as error:
+        raise UserError(f"{array.folder} cannot be written ({error.strerror}); choose another OUT") from None
     return array.folder
 
 

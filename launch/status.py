@@ -7,7 +7,6 @@ import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def read_status(run: Path, now: float | None = None) -> Status:
     """
     now = time.time() if now is None else now
     said, recipe = _said(run)
-    lines = [line for line in _metrics(run) if "loss" in line]
+    lines = [line for line in logged(run) if "loss" in line]
     last = lines[-1] if lines else {}
     step = max(int(said.get("step", 0)), int(last.get("step", 0)))
     steps, speed = _steps(recipe, last), last.get("samples_per_second")
@@ -151,15 +150,30 @@ def _said(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The run's status.json and its resolved recipe."""
     try:
         said = json.loads((run / "status.json").read_text())
-        return said, yaml.safe_load((run / "recipe.yaml").read_text())
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     except FileNotFoundError as error:
         raise UserError(f"{run} is no run folder ({Path(error.filename).name} is missing)") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"the run folder {run} cannot be read ({error})") from None
+        raise UserError(f"the run folder {run} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(said, dict) or not isinstance(said.get("step", 0), int):
+        raise UserError(f"{run / 'status.json'} was not written by a run; give the folder of one")
+    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(key), dict) for key in ("train", "watch")):
+        raise UserError(f"{run / 'recipe.yaml'} is not the recipe of a run; give the folder of one")
+    return said, recipe
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return read_metrics(run) if (run / "metrics.jsonl").exists() else []
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics that tell their step; none before the first.
+
+    Raises:
+        UserError: the file is not text.
+    """
+    if not (run / "metrics.jsonl").exists():
+        return []
+    try:
+        return [line for line in read_metrics(run) if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'metrics.jsonl'} cannot be read ({error})") from None
 
 
 def _steps(recipe: dict[str, Any], last: dict[str, Any]) -> int | None:
@@ -205,5 +219,5 @@ def _health(state: str, said: dict[str, Any], last: dict[str, Any], quiet: float
         troubles.append("waits for data: raise data.workers")
     since = said.get("time")
     if state == "silent" and since:
-        troubles.append(f"last word {datetime.strptime(since, '%Y-%m-%dT%H:%M:%S%z'):%Y-%m-%d %H:%M}")
+        troubles.append(f"last word {str(since)[:16].replace('T', ' ')}")
     return "; ".join(troubles) or "good"

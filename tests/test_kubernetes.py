@@ -154,7 +154,18 @@ def test_the_skypilot_task_recovers_a_run_that_saved() -> None:
         task(JOB, "H100")
 
 
-@pytest.mark.parametrize("change", [{"name": "Bad_Name"}, {"nodes": 0}, {"cpus": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "Bad_Name"},
+        {"nodes": 0},
+        {"cpus": 0},
+        {"claim": "A B"},
+        {"memory": "lots"},
+        {"mount": "here"},
+        {"save_seconds": 0},
+    ],
+)
 def test_what_a_cluster_would_refuse(change: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         manifests(replace(JOB, **change))

@@ -61,6 +61,16 @@ def test_without_slurm_the_script_is_left_and_said(tmp_path: Path, monkeypatch: 
     assert path.exists()
 
 
+def test_a_place_where_nothing_can_be_written_is_said(tmp_path: Path) -> None:
+    from launch import slurm, slurm_array
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        slurm.write(replace(JOB, run=tmp_path / "file" / "run"))
+    with pytest.raises(UserError, match="cannot be written"):
+        slurm_array.write(slurm_array.Array(tmp_path / "file" / "out", ["images"], parts=2))
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     reason = slurm_kit.missing()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from data.errors import UserError
+from launch.cli import main
 from launch.status import duration, find_runs, read_status, table
 
 
@@ -86,3 +87,27 @@ def test_columns_line_up(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("status.json", "[1]"),
+        ("status.json", '{"state": "running", "step": "x"}'),
+        ("recipe.yaml", ""),
+        ("recipe.yaml", "a: 1"),
+        ("metrics.jsonl", b"\xff\xfe"),
+        ("starts.jsonl", "x\n{}\n"),
+        ("environment.json", "x"),
+    ],
+)
+def test_a_folder_that_no_run_wrote_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | bytes
+) -> None:
+    run = make_run(tmp_path / "a")
+    (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    command = "report" if name in ("starts.jsonl", "environment.json") else "status"
+    assert main([command, str(run), *["--no-pictures"] * (command == "report")]) == 2
+    said = capsys.readouterr().err
+    assert name in said
+    assert len(said.splitlines()) == 1
