@@ -62,14 +62,16 @@ def write_report(run: Path, pictures: bool = True, output: Path | None = None) -
         raise UserError(f"{run} has logged nothing yet; wait for its first line of metrics.jsonl")
     try:
         starts, environment = read_starts(run), _environment(run)
-    except (OSError, ValueError) as error:
-        raise UserError(f"starts.jsonl or environment.json in {run} cannot be read ({error})") from None
+        begun = _starts(starts)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"starts.jsonl or environment.json in {run} cannot be read"
+        raise UserError(f"{what} ({type(error).__name__}: {error}); mend or remove it") from None
     seen = _looked_at(run) if pictures else ""
     sections = [
         _head(run, status, starts),
         f'<h2>Curves</h2><div class="charts">{"".join(_charts(lines, starts))}</div>',
         seen,
-        f"<h2>Starts</h2>{_starts(starts)}" if starts else "",
+        f"<h2>Starts</h2>{begun}" if starts else "",
         f"<h2>Environment</h2>{environment}",
         f"<h2>Recipe</h2><pre>{html.escape((run / 'recipe.yaml').read_text())}</pre>",
     ]
