@@ -102,12 +102,16 @@ def plan(recipe: Recipe, cluster: Cluster, samples: int | None = None, rates: Ra
 
     Args:
         samples: of the training set; those of `data.train` by default, or of the set that the recipe is named after.
+            A recipe that counts steps is planned for one pass over so many, in place of its steps.
         rates: of this machine, where they have been measured already.
 
     Raises:
         UserError: no such device or link; a batch that does not split; nobody knows how many samples there are.
     """
     cluster.check()
+    if samples and recipe.train.steps is not None:  # else they would change nothing
+        once = recipe.train.model_copy(update={"steps": None, "epochs": 1.0})
+        recipe = recipe.model_copy(update={"train": once})
     recipe, source = look_at(recipe, samples)
     recipe = recipe.with_precision(best(torch.device("cpu")) if cluster.gpu == "cpu" else "bf16")
     microbatch, accumulation = _split(recipe, cluster.gpus)

@@ -21,7 +21,8 @@ def add(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--nodes", type=int, help="nodes (default: one for every eight GPUs)")
     parser.add_argument("--link", default="ndr", help="between nodes: ndr, hdr, ethernet100, ethernet25 (default: ndr)")
     parser.add_argument("--cores", type=int, help="CPU cores of a node (default: 14 for each GPU)")
-    parser.add_argument("--samples", type=int, help="training samples (default: those of the data)")
+    text = "training samples (default: those of the data); a recipe in steps is planned for one pass over them"
+    parser.add_argument("--samples", type=int, help=text)
     parser.add_argument("--days", type=float, help="time there is; says how many GPUs that takes")
     add_json(parser)
 

@@ -173,6 +173,14 @@ def test_every_recipe_is_planned_in_seconds(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_samples_take_the_place_of_steps() -> None:
+    recipe = load_recipe("next_token_small")
+    assert recipe.train.steps is not None
+    size = recipe.train.batch_size
+    assert plan(recipe, Cluster()).steps == recipe.train.steps
+    assert plan(recipe, Cluster(), samples=1000 * size).steps == 1000
+
+
 def test_a_thousand_gpus_and_ten_billion_samples() -> None:
     recipe = load_recipe("mae_vitl16_imagenet22k", ["train.batch_size=16384"])
     found = plan(recipe, Cluster(gpus=1024, nodes=128), samples=10**10)
