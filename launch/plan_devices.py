@@ -20,7 +20,7 @@ class Accelerator:
     reached: float
     """Share of `half` that the best matrix product reaches."""
     bandwidth: float
-    """Bytes of device memory."""
+    """Bytes a second of device memory."""
     memory: float
     """Bytes."""
     watts: float

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 Kind = Literal["matmul", "convolution", "attention", "other"]
 _FREE = {
@@ -29,6 +29,26 @@ _FREE = {
 }
 """Change no byte, though they are no views to torch."""
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+Shape = tuple[int, ...]
+
+
+def _cpu_attention(query: Shape, key: Shape, value: Shape, p: float = 0.0, causal: bool = False, **_: Any) -> int:
+    """Operations of a CPU's fused attention, which torch does not count; it leaves out what a causal mask hides."""
+    return sdpa_flop_count(query, key, value) // (2 if causal else 1)
+
+
+def _cpu_attention_backward(
+    grad: Shape, query: Shape, key: Shape, value: Shape, out: Shape, sums: Shape, p: float, causal: bool, **_: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value) // (2 if causal else 1)
+
+
+for _name, _formula in (("", _cpu_attention), ("_backward", _cpu_attention_backward)):
+    _packet = getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{_name}")
+    if _packet not in flop_registry:  # a newer torch may count it
+        register_flop_formula(_packet)(_formula)
 
 
 class Work(NamedTuple):
