@@ -78,7 +78,9 @@ def _adapted(encoder: Encoder, dora: bool = False, moved: bool = True, target: s
         if moved and "lora_B" in name:
             parameter.data.normal_(std=0.2)
         if moved and "magnitude" in name:
-            parameter.data.mul_(1 + 2 * torch.rand_like(parameter))
+            # About 1 on pictures: a ResNet's layers would multiply larger ones, and with them float32's rounding.
+            low, width = (0.5, 1.0) if encoder.kind == "images" else (1.0, 2.0)
+            parameter.data.mul_(low + width * torch.rand_like(parameter))
     return encoder.eval()
 
 
