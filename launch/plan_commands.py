@@ -29,10 +29,13 @@ def add(sub: argparse._SubParsersAction) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """`headwater plan`: exit status 1 where it does not fit into memory or into the days."""
+    from data.errors import UserError
     from launch.plan import Cluster, plan
     from launch.plan_text import describe
     from pretrain.recipe_file import load_recipe
 
+    if arguments.days is not None and not arguments.days > 0:
+        raise UserError(f"--days {arguments.days:g} is no time; give a number above 0")
     nodes = arguments.nodes or (1 if arguments.gpu == "cpu" else -(-arguments.gpus // 8))
     cluster = Cluster(arguments.gpu, arguments.gpus, nodes, arguments.link, arguments.cores)
     found = plan(load_recipe(arguments.recipe, arguments.settings), cluster, arguments.samples)

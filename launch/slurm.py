@@ -223,3 +223,18 @@ def _check(job: Job) -> None:
             raise UserError(f"{name} {value} is below 0")
     if not TIME.fullmatch(job.time):
         raise UserError(f"--time {job.time!r} is no time limit; write [days-]hours:minutes:seconds, such as 24:00:00")
+    if job.lead >= seconds_of(job.time):
+        raise UserError(f"--lead {job.lead} seconds are no less than --time {job.time}; nothing would be trained")
+
+
+def seconds_of(time: str) -> int:
+    """Of a time limit that matches `TIME`, as sbatch reads it: with days, hours come first; alone, minutes do."""
+    days, _, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds

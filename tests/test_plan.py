@@ -149,6 +149,7 @@ def test_the_command_prints_a_table_and_json(capsys: pytest.CaptureFixture[str])
         (["mae_cifar10", "--gpus", "3"], "does not split over 3"),
         (["mae_cifar10", "--gpus", "8", "--nodes", "3"], "--nodes"),
         (["mae_cifar10", "--link", "string"], "--link 'string'"),
+        (["mae_cifar10", "--days", "-1"], "--days -1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

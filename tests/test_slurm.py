@@ -16,7 +16,7 @@ from pretrain_kit import ENVIRONMENT, write_recipe
 from safetensors.torch import load_file
 
 from data.errors import UserError
-from launch.slurm import Job, current, script
+from launch.slurm import Job, current, script, seconds_of
 
 JOB = Job(Path("/shared/runs/a"), ["mae_cifar10", "data.train=/shared/my shards"], nodes=4, gpus=8, cpus=64)
 
@@ -44,11 +44,24 @@ def test_bash_reads_it() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"nodes": 0}, "--nodes 0"), ({"gpus": -1}, "--gpus -1"), ({"time": "3 hours"}, "--time '3 hours'")],
+    [
+        ({"nodes": 0}, "--nodes 0"),
+        ({"gpus": -1}, "--gpus -1"),
+        ({"time": "3 hours"}, "--time '3 hours'"),
+        ({"time": "4", "lead": 240}, "--lead 240"),
+    ],
 )
 def test_what_makes_no_sense_is_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         script(replace(JOB, **change))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("2:30", 150), ("24:00:00", 86400), ("2-0", 172800), ("1-12:30", 131400), ("1-01:01:01", 90061)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert seconds_of(time) == seconds
 
 
 def test_without_slurm_the_script_is_left_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
