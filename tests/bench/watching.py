@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-from pretrain import session
+from pretrain import pretraining
 from pretrain.evaluate import WATCH_SHARE, cadence
 from pretrain.loop import train
 from pretrain.recipe_file import load_recipe
@@ -35,7 +35,7 @@ def measure(name: str, data: str, steps: int) -> dict[str, float]:
     settings += ["watch.evaluate_every=null", f"watch.evaluate_samples={looked_at // 8}"]
     settings += [f"watch.knn_samples={looked_at * 3 // 4}", "watch.checkpoint_every=1000000"]
     spent = {"evaluations": 0.0, "watching": 0.0, "every": 0.0}
-    evaluate = session.evaluate
+    evaluate = pretraining.evaluate
 
     def timed(setup: Any) -> dict[str, float]:
         _wait()
@@ -47,14 +47,14 @@ def measure(name: str, data: str, steps: int) -> dict[str, float]:
         spent["every"] = cadence(setup)
         return values
 
-    session.evaluate = timed
+    pretraining.evaluate = timed
     try:
         with tempfile.TemporaryDirectory() as folder:
             began = time.perf_counter()
             train(load_recipe(name, settings), Path(folder) / "run")
             spent["run"] = time.perf_counter() - began
     finally:
-        session.evaluate = evaluate
+        pretraining.evaluate = evaluate
     return spent
 
 
