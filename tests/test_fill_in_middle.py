@@ -21,7 +21,7 @@ def rows(b: int, lengths: list[int], seed: int = 0) -> TextBatch:
     row = torch.tensor(parts)
     row = torch.where(row < 0, torch.arange(len(parts)) + 10, row)
     keys = torch.from_numpy(sample_keys(seed, 0, np.arange(b)))
-    return TextBatch(row.expand(b, -1), (row == 1).cumsum(0).expand(b, -1), keys, torch.arange(b))
+    return TextBatch(row.repeat(b, 1), (row == 1).cumsum(0).repeat(b, 1), keys, torch.arange(b))
 
 
 def put_back(tokens: list[int]) -> list[int]:
