@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,15 +45,23 @@ def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int = 1) -> I
     Memory holds two batches of a mebibyte of text for each worker process (1: this process alone).
 
     Raises:
-        UserError: a worker process was killed.
+        UserError: a worker process was killed, or could not start.
     """
     if workers <= 1:
         for batch in _batches(pieces):
             yield from _encode(tokenizer, batch)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        # By way of a file: what starts a process must fit into a pipe, which one that dies at once never empties.
+        description = Path(folder) / "tokenizer.json"
+        description.write_text(tokenizer.to_str(), encoding="utf-8")
+        yield from _by_workers(description, pieces, workers)
+
+
+def _by_workers(description: Path, pieces: Iterable[Piece], workers: int) -> Iterator[Encoded]:
     waiting: deque[Future[list[Encoded]]] = deque()
     # Fresh processes: the tokenizers library's threads do not survive a fork.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (tokenizer.to_str(),))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (description,))
     try:
         for batch in _batches(pieces):
             waiting.append(pool.submit(_encode_here, batch))
@@ -60,7 +70,10 @@ def encode(tokenizer: Tokenizer, pieces: Iterable[Piece], workers: int = 1) -> I
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a tokenising process was killed, perhaps for memory; use fewer --workers") from None
+        raise UserError(
+            "a tokenising process was killed, perhaps for memory, or could not start; use fewer --workers "
+            '(1: none but this one), and in a script of your own write `if __name__ == "__main__":` around the call'
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -110,10 +123,10 @@ _worker: Any = None
 """The tokenizer of a worker process."""
 
 
-def _begin(description: str) -> None:
+def _begin(description: Path) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as many processes as cores are enough
-    _worker = Tokenizer.from_str(description)
+    _worker = Tokenizer.from_str(description.read_text(encoding="utf-8"))
     _worker.encode_special_tokens = True  # not part of the description
 
 

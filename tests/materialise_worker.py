@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from pretrain.whole import collected
 
 
 def peak() -> int:
-    """Most bytes that this process has held at a time."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Most bytes that this process has held at a time. Not `ru_maxrss`: that begins with what the parent held."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def observe(path: Path) -> dict[str, Any]:

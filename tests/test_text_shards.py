@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
@@ -297,6 +299,22 @@ def test_long_documents_are_streamed_and_stay_whole(
     assert found == documents_in(tmp_path / "whole") == [text.removeprefix("\ufeff") for text in texts]
     tokens = [[token for shard in stream(tmp_path / name)[1] for token in shard] for name in ("pieces", "whole")]
     assert tokens[0] == tokens[1]
+
+
+NO_MAIN = """
+from tokenizers import Tokenizer, models
+from data.documents import Piece
+from data.encoding import encode
+words = {f"word{number}": number for number in range(9000)}  # more than a pipe holds
+print(len(list(encode(Tokenizer(models.WordLevel(words, "word0")), [Piece("word1", True, True)], workers=2))))
+"""
+
+
+def test_workers_that_cannot_start_are_an_error_not_a_hang() -> None:
+    """A script from standard input has no file that a fresh process could read."""
+    done = subprocess.run([sys.executable, "-"], input=NO_MAIN, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "could not start" in done.stderr.splitlines()[-1]
 
 
 def test_workers_change_nothing(folder: Path, tmp_path: Path) -> None:

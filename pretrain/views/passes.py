@@ -32,21 +32,20 @@ def sharp(out: Tensor, images: Tensor, strengths: Tensor, flags: Tensor, mean: T
         mean, scale: float32 (3,); scale is one over the standard deviation.
     """
     planes = to_grey(jitter(planes_of(images), strengths), flags[:, 0])
-    for number, plane in enumerate(planes):
-        out[:, number].copy_((solarize(plane, flags[:, 1]) - mean[number]) * scale[number])
+    done = [(solarize(plane, flags[:, 1]) - mean[n]) * scale[n] for n, plane in enumerate(planes)]
+    out.copy_(torch.stack(done, dim=1))
 
 
 def plain(out: Tensor, images: Tensor, strengths: Tensor, flags: Tensor, mean: Tensor, scale: Tensor) -> None:
     """The same for pictures without jitter: `strengths` is not used."""
-    for number, plane in enumerate(to_grey(planes_of(images), flags[:, 0])):
-        out[:, number].copy_((solarize(plane, flags[:, 1]) - mean[number]) * scale[number])
+    planes = to_grey(planes_of(images), flags[:, 0])
+    done = [(solarize(plane, flags[:, 1]) - mean[n]) * scale[n] for n, plane in enumerate(planes)]
+    out.copy_(torch.stack(done, dim=1))
 
 
 def colors(out: Tensor, images: Tensor, strengths: Tensor, flags: Tensor) -> None:
     """What comes before a blur: jitter and grey."""
-    planes = to_grey(jitter(planes_of(images), strengths), flags[:, 0])
-    for number, plane in enumerate(planes):
-        out[:, number].copy_(plane)
+    out.copy_(torch.stack(to_grey(jitter(planes_of(images), strengths), flags[:, 0]), dim=1))
 
 
 def soft(out: Tensor, padded: Tensor, weights: Tensor, flags: Tensor, mean: Tensor, scale: Tensor) -> None:
