@@ -38,13 +38,14 @@ from finetune.text_encoder import DocumentEncoder
 from pretrain.export import exported_step
 from pretrain.loop import train
 from pretrain.objectives.masked_language import MaskedLanguage
+from pretrain.precision import best
 from pretrain.recipe_file import load_recipe
 from pretrain.reload import load_objective
 from pretrain.run import read_metrics
 
 BUDGETS: dict[int | None, int] = {100: 5, 1000: 3, None: 2}
 """Labels in all (None: every one) and draws of them."""
-TUNING: dict[str, Any] = {"min_steps": 200, "epochs": 4}
+TUNING: dict[str, Any] = {"min_steps": 200, "epochs": 4, "precision": best(torch.device("cpu"))}
 """Of all that is trained, pre-trained or not; either chooses its rate among three on an inner split of its labels."""
 EVERY = 16
 """One token in so many is hidden, so that both its neighbours can be seen: by the trigram model, too."""
@@ -200,7 +201,7 @@ def judged(
         for name, (strategy, bag) in names.items():
             source = BagOfTokens(encoder) if bag else encoder
             a_class = None if labels is None else labels // 2
-            tuning = TUNING if strategy in ("full", "scratch") else {}
+            tuning = TUNING if strategy in ("full", "scratch") else {"precision": TUNING["precision"]}
             result = finetune(source, task, strategy=strategy, labels_per_class=a_class, seeds=range(draws), **tuning)
             key = f"{name}, {labels or 'all'} labels"
             found[key] = {"accuracy": result["accuracy"], "interval": result["interval"], "draws": draws}
