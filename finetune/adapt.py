@@ -16,9 +16,9 @@ import numpy as np
 
 from data.errors import UserError
 from data.files import write_atomically
-from finetune.compare import Judged, lead
+from finetune.compare import lead
 from finetune.encoder import load_encoder
-from finetune.evidence import interval
+from finetune.evidence import interval, score
 from finetune.model import load_model
 from finetune.results import FORMAT, write_results
 from finetune.run import finetune
@@ -165,7 +165,7 @@ def _models(
         task = task or load_task(target.train, target.test, model.encoder)
         settle(task.test, report)
         said = model.probabilities(task.test, options).numpy()
-        rows.append(Judged(name, said, task.test.labels).score.correct)
+        rows.append(score(said, task.test.labels).correct)
     return np.stack(rows)
 
 

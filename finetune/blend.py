@@ -13,13 +13,16 @@ from data.errors import UserError
 from data.keyed import hash64
 from finetune.encoder import Encoder
 from finetune.features import accelerator_for
-from finetune.heads import LinearHead
+from finetune.heads import LinearHead, MLPHead, NeighbourHead
 from finetune.model import TaskModel
 from finetune.samples import Samples
 from finetune.settings import Settings
+from finetune.targets_vector import Regression
 
 STATISTICS = 4096
 """Samples over which BatchNorm's statistics are measured anew at most."""
+NAMED = {"multi-label": "labels", "regression": "quantities", "tokens": "tags"}
+"""How people call what a target's `classes` name, where it is no class."""
 _ORDER = 0xB17C
 
 
@@ -32,8 +35,13 @@ def check_alike(first: TaskModel, other: TaskModel, names: tuple[str, str]) -> N
     """
     one, two = names
     for model, name in ((first, one), (other, two)):
-        if not isinstance(model.head, LinearHead):
+        if isinstance(model.head, NeighbourHead):
             raise UserError(f"{name} votes by neighbours and has no weights to average; use `headwater ensemble`")
+        if isinstance(model.head, MLPHead):
+            raise UserError(
+                f"the head of {name} has a hidden layer, whose units have no common order, so it cannot be averaged; "
+                "use `headwater ensemble`"
+            )
     check_classes(first, other, names)
     shapes = [{n: tuple(t.shape) for n, t in m.encoder.state_dict().items()} for m in (first, other)]
     if _view(first.encoder) != _view(other.encoder) or shapes[0] != shapes[1]:
@@ -47,6 +55,8 @@ def check_alike(first: TaskModel, other: TaskModel, names: tuple[str, str]) -> N
             "use `headwater ensemble`"
         )
     heads = first.head, other.head
+    assert isinstance(heads[0], LinearHead)
+    assert isinstance(heads[1], LinearHead)
     if any(isinstance(head, LinearHead) and isinstance(head.norm, nn.LayerNorm) for head in heads):
         same = all(torch.equal(heads[0].state_dict()[n], heads[1].state_dict()[n]) for n in ("mean", "scale"))
         if type(heads[0].norm) is not type(heads[1].norm) or not same:
@@ -58,7 +68,8 @@ def check_classes(first: TaskModel, other: TaskModel, names: tuple[str, str]) ->
     if sorted(first.classes) != sorted(other.classes):
         differing = sorted(set(first.classes) ^ set(other.classes))
         shown = ", ".join(repr(name) for name in differing[:5]) + " …" * (len(differing) > 5)
-        raise UserError(f"{names[0]} and {names[1]} predict other classes ({shown}); only the same can be combined")
+        what = NAMED.get(first.target.name, "classes")
+        raise UserError(f"{names[0]} and {names[1]} predict other {what} ({shown}); only the same can be combined")
 
 
 def start_of(model: TaskModel) -> tuple[object, object]:
@@ -72,17 +83,24 @@ def blend(first: TaskModel, other: TaskModel, share: float) -> TaskModel:
     """The model whose weights are `(1 - share) * first + share * other`.
 
     `other`'s classes are brought into `first`'s order by name, and its head is written for `first`'s
-    standardisation of features, which changes nothing in what it computes. At 0 and 1 the model is `first` and
-    `other` exactly, and two equal models give the same model. Both must have passed `check_alike`.
+    standardisation of features (and of quantities), which changes nothing in what it computes. At 0 and 1 the model
+    is `first` and `other` exactly, and two equal models give the same model. Both must have passed `check_alike`.
     """
     head, order = other.head, [other.classes.index(name) for name in first.classes]
     assert isinstance(head, LinearHead)
     assert isinstance(first.head, LinearHead)
     mixed = copy.deepcopy(first)
     mixed.temperature = (1 - share) * first.temperature + share * other.temperature
+    # Adapters describe one training; averaged weights came of several.
+    mixed.adapter = first.adapter if share == 0 else other.adapter if share == 1 else None
     _mix(mixed.encoder, other.encoder.state_dict(), share)
     ordered = copy.deepcopy(head)
     ordered.linear.weight.data, ordered.linear.bias.data = head.linear.weight.data[order], head.linear.bias.data[order]
+    if isinstance(first.target, Regression) and isinstance(other.target, Regression):
+        theirs = other.target.select(order)
+        mixed.target = theirs if share == 1 else first.target
+        if share != 1:
+            _write_in_units(ordered, theirs, first.target)
     if share == 1:
         mixed.head = ordered
     elif share != 0:
@@ -152,3 +170,15 @@ def _written_for(head: LinearHead, reference: LinearHead) -> LinearHead:
     moved.mean.copy_(reference.mean)
     moved.scale.copy_(reference.scale)
     return moved
+
+
+@torch.no_grad()
+def _write_in_units(head: LinearHead, target: Regression, wanted: Regression) -> None:
+    """Let outputs that are standardised as `target` says be standardised as `wanted`, for the same quantities."""
+    if (target.mean, target.scale) == (wanted.mean, wanted.scale):
+        return
+    mean, scale = (torch.tensor(each, dtype=torch.float64) for each in (target.mean, target.scale))
+    to_mean, to_scale = (torch.tensor(each, dtype=torch.float64) for each in (wanted.mean, wanted.scale))
+    weight, bias = head.linear.weight.data, head.linear.bias.data
+    weight.copy_(weight.double() * (scale / to_scale)[:, None])
+    bias.copy_((bias.double() * scale + mean - to_mean) / to_scale)

@@ -1,24 +1,65 @@
-"""Models beside each other on the same items: accuracy, calibration, and differences with paired intervals."""
+"""Models beside each other on the same items: their merit, and differences with paired intervals."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from finetune.calibration import expected_calibration_error, log_losses
-from finetune.evidence import Score, score
+from finetune.evidence import Score, interval, score
+from finetune.judge import RESAMPLES, Judgement, sums_intervals
 from finetune.samples import Ints
+from finetune.targets import Floats, Target
+from finetune.targets_class import Classification
 
 Correct = NDArray[np.bool_]
 
 
+class Judged(ABC):
+    """What a model said about labelled items, as far as comparing needs it."""
+
+    name: str
+    """Of the model."""
+
+    @property
+    @abstractmethod
+    def merit(self) -> float:
+        """The target's score that models are compared by; higher is better."""
+
+    @property
+    @abstractmethod
+    def loss(self) -> float:
+        """Mean of `Target.mismatch` over what is judged."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Items."""
+
+    @abstractmethod
+    def entry(self) -> dict[str, Any]:
+        """A line of the results: `name`, the merit by its name, its 95 % `interval`, other scores."""
+
+    @classmethod
+    @abstractmethod
+    def summary(cls, seeds: Sequence[Self]) -> dict[str, Any]:
+        """Merit and 95 % interval of several seeds' models on the same items."""
+
+    @classmethod
+    @abstractmethod
+    def lead(cls, ours: Sequence[Self], theirs: Sequence[Self]) -> dict[str, Any]:
+        """How much better several seeds' models are than as many others: the difference and its paired interval."""
+
+
 @dataclass(frozen=True)
-class Judged:
-    """What a model said about labelled items."""
+class JudgedClasses(Judged):
+    """Of a classification."""
 
     name: str
     probabilities: NDArray[np.float32]
@@ -26,13 +67,21 @@ class Judged:
     labels: Ints
     """(n,) true classes."""
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     @cached_property
     def score(self) -> Score:
         """Accuracy with its interval, and macro-F1."""
         return score(self.probabilities, self.labels)
 
     @property
-    def log_loss(self) -> float:
+    def merit(self) -> float:
+        """The accuracy."""
+        return self.score.accuracy
+
+    @property
+    def loss(self) -> float:
         """Mean negative log probability of the true class, in nats."""
         return float(log_losses(self.probabilities, self.labels).mean())
 
@@ -43,59 +92,122 @@ class Judged:
         return expected_calibration_error(confidence, self.score.correct)
 
     def entry(self) -> dict[str, Any]:
-        """A line of the results."""
         return {
             "name": self.name,
             "accuracy": self.score.accuracy,
             "interval": list(self.score.interval),
             "macro_f1": self.score.macro_f1,
-            "log_loss": self.log_loss,
+            "log_loss": self.loss,
             "calibration_error": self.calibration_error,
         }
 
+    @classmethod
+    def summary(cls, seeds: Sequence[Self]) -> dict[str, Any]:
+        correct = _correct(seeds)
+        return {"accuracy": float(correct.mean()), "interval": list(interval(correct))}
 
-def beside(judged: Judged, references: list[Judged]) -> dict[str, Any]:
-    """`judged`'s entry, with its lead over each of `references` on the same items."""
-    leads = [{"over": other.name} | lead(judged.score.correct[None], other.score.correct[None]) for other in references]
-    return judged.entry() | {"leads": leads}
+    @classmethod
+    def lead(cls, ours: Sequence[Self], theirs: Sequence[Self]) -> dict[str, Any]:
+        return lead(_correct(ours), _correct(theirs))
 
 
-def lead(correct: Correct, reference: Correct, resamples: int = 2000) -> dict[str, Any]:
+@dataclass(frozen=True)
+class JudgedTarget(Judged):
+    """Of any other kind of task."""
+
+    name: str
+    target: Target
+    sums: Floats
+    """(n, k): `Target.sums` of each item."""
+    scores: dict[str, float]
+    """By name, the merit among them."""
+    loss: float
+
+    @classmethod
+    def of(cls, name: str, judgement: Judgement) -> Self:
+        """From everything that was decided."""
+        sums = judgement.target.sums(judgement.decided, judgement.truth)
+        return cls(name, judgement.target, sums, judgement.score(), judgement.loss)
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    @property
+    def merit(self) -> float:
+        return self.scores[self.target.merit]
+
+    def entry(self) -> dict[str, Any]:
+        return {"name": self.name, **self.summary([self]), self.target.misfit: self.loss}
+
+    @classmethod
+    def summary(cls, seeds: Sequence[Self]) -> dict[str, Any]:
+        """The merit with its interval, then the other scores; each a mean over seeds."""
+        target = seeds[0].target
+        means = {name: float(np.mean([each.scores[name] for each in seeds])) for name in seeds[0].scores}
+        bounds = sums_intervals(target, np.stack([each.sums for each in seeds]))[target.merit]
+        return {target.merit: means.pop(target.merit), "interval": list(bounds), **means}
+
+    @classmethod
+    def lead(cls, ours: Sequence[Self], theirs: Sequence[Self]) -> dict[str, Any]:
+        sums = [np.stack([each.sums for each in seeds]) for seeds in (ours, theirs)]
+        return merit_lead(ours[0].target, sums[0], sums[1])
+
+
+def judged(name: str, judgement: Judgement) -> Judged:
+    """What was decided, to be compared."""
+    if isinstance(judgement.target, Classification):
+        probabilities, labels = (torch.stack(each).numpy() for each in (judgement.decided, judgement.truth))
+        return JudgedClasses(name, probabilities, labels)
+    return JudgedTarget.of(name, judgement)
+
+
+def beside(ours: Judged, references: Sequence[Judged]) -> dict[str, Any]:
+    """The entry of `ours`, with its lead over each of `references` on the same items."""
+    leads = [{"over": other.name} | type(ours).lead([ours], [other]) for other in references]
+    return ours.entry() | {"leads": leads}
+
+
+def lead(correct: Correct, reference: Correct, resamples: int = RESAMPLES) -> dict[str, Any]:
     """How much more often one is right than the other, on the same items: the mean and its paired 95 % interval.
 
     Both are (seeds, items). Items are drawn with replacement, the same for both; so are seeds where there are
     several, in pairs. One seed's interval therefore covers the chance in the items alone.
     """
     difference = correct.astype(np.float64) - reference.astype(np.float64)
-    seeds, items = difference.shape
+    means = []
+    for seeds, items in _draws(difference.shape[0], difference.shape[1], resamples):
+        rows = difference if len(difference) == 1 else difference[seeds]
+        means.append(rows.mean(axis=0)[items].mean())
+    return _with_interval(float(difference.mean()), means)
+
+
+def merit_lead(target: Target, ours: Floats, theirs: Floats, resamples: int = RESAMPLES) -> dict[str, Any]:
+    """The same of any target's merit, from both sides' `Target.sums` (seeds, items, k); the same draws."""
+
+    def differences(times: Floats) -> Floats:
+        return target.from_sums(times @ ours) - target.from_sums(times @ theirs)
+
+    count = ours.shape[1]
+    means = []
+    for seeds, items in _draws(ours.shape[0], count, resamples):
+        times = np.bincount(items.astype(np.int64), minlength=count).astype(np.float64)
+        means.append(differences(times)[seeds].mean())
+    return _with_interval(float(differences(np.ones(count)).mean()), means)
+
+
+def _draws(seeds: int, items: int, resamples: int) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
+    """Seeds and items drawn with replacement."""
     # Raw bits of a fixed Philox stream: the same numbers under every version of NumPy.
     stream = np.random.Philox(key=1)
-    means = np.empty(resamples)
-    for number in range(resamples):
+    for _ in range(resamples):
         bits = stream.random_raw(seeds + items)
-        rows = difference if seeds == 1 else difference[bits[:seeds] % np.uint64(seeds)]
-        means[number] = rows.mean(axis=0)[bits[seeds:] % np.uint64(items)].mean()
+        yield bits[:seeds] % np.uint64(seeds), bits[seeds:] % np.uint64(items)
+
+
+def _with_interval(difference: float, means: Sequence[float]) -> dict[str, Any]:
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"difference": float(difference.mean()), "interval": [float(low), float(high)]}
+    return {"difference": difference, "interval": [float(low), float(high)]}
 
 
-def percent(interval: list[float]) -> str:
-    """An interval of a share in words."""
-    return f"{100 * interval[0]:+.1f} to {100 * interval[1]:+.1f}"
-
-
-def table(entries: list[dict[str, Any]]) -> str:
-    """Aligned lines: accuracy in per cent, log loss, calibration error; `leads` below the one that has them."""
-    width = max(len(entry["name"]) for entry in entries)
-    lines = [f"{'':<{width}}  accuracy (95 % interval)  log loss  calibration error"]
-    for entry in entries:
-        low, high = entry["interval"]
-        accuracy = f"{100 * entry['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        lines.append(
-            f"{entry['name']:<{width}}  {accuracy:<24}  {entry['log_loss']:<8.3f}  {entry['calibration_error']:.3f}"
-        )
-    for entry in entries:
-        for each in entry.get("leads", []):
-            difference = f"{100 * each['difference']:+.1f} ({percent(each['interval'])})"
-            lines.append(f"{entry['name']} over {each['over']}: {difference} points, paired")
-    return "\n".join(lines)
+def _correct(seeds: Sequence[JudgedClasses]) -> Correct:
+    return np.stack([each.score.correct for each in seeds])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from finetune.ensemble import Ensemble
 from finetune.features import accelerator_for
 from finetune.masks import UNKNOWN
 from finetune.model import TaskModel
@@ -21,34 +23,43 @@ _ROWS = 64
 """Rows of tokens a step."""
 
 
-def tagged(model: TaskModel, texts: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
+def tagged(model: Ensemble, texts: Sequence[str], settings: Settings) -> Iterator[dict[str, Any]]:
     """`words` (what stands between spaces) and `tags` of each text, in order.
 
-    A word for which the tokenizer has no token has the tag None. Texts longer than the context are cut between
+    A word for which no member's tokenizer has a token has the tag None. Texts longer than the context are cut between
     words, as in training.
     """
-    encoder = model.encoder
-    assert isinstance(encoder, DocumentEncoder)
     words = [text.split() for text in texts]
-    tags: list[list[str | None]] = [[] for _ in texts]
-    pieces = [(i, *piece) for i, each in enumerate(words) if each for piece in encoder.tokenize_words(each)]
-    for start in range(0, len(pieces), _ROWS):
-        part = pieces[start : start + _ROWS]
+    each = [_spoken(member.model, words, settings) for member in model.members]
+    known = torch.stack([here for _, here in each]).any(dim=0).tolist()
+    numbers = model.target.decision(model.mean(said for said, _ in each)).tolist()
+    tags = (model.classes[number] if here else None for number, here in zip(numbers, known, strict=True))
+    for text in words:
+        yield {"words": text, "tags": list(islice(tags, len(text)))}
+
+
+def _spoken(model: TaskModel, words: list[list[str]], settings: Settings) -> tuple[Tensor, Tensor]:
+    """Of all words of all texts, one after the other: the probabilities (words, tags), on the CPU, and whether (words,)
+    the tokenizer has a token for them; equal probabilities where it has none."""
+    encoder, accelerator = model.encoder, accelerator_for(settings)
+    assert isinstance(encoder, DocumentEncoder)
+    starts = np.cumsum([0, *map(len, words)])
+    said = torch.full((int(starts[-1]), model.target.outputs), 1 / model.target.outputs)
+    known = torch.zeros(len(said), dtype=torch.bool)
+    pieces = []
+    for start, each in zip(starts.tolist(), words, strict=False):
+        for row, firsts in encoder.tokenize_words(each) if each else ():
+            pieces.append((start, row, firsts))
+            start += len(firsts)
+    for first in range(0, len(pieces), _ROWS):
+        part = pieces[first : first + _ROWS]
         ids = torch.arange(len(part))
-        decided = decide(model, encoder.batch([row for _, row, _ in part], ids, ids), settings)
-        for (i, _, firsts), said in zip(part, decided.tolist(), strict=True):
-            tags[i] += [model.classes[said[first]] if first >= 0 else None for first in firsts]
-    for each, found in zip(words, tags, strict=True):
-        yield {"words": each, "tags": found}
-
-
-@torch.no_grad()
-def decide(model: TaskModel, batch: Any, settings: Settings) -> Tensor:
-    """The target's decisions about a batch, on the CPU; the encoder is on the accelerator's device already."""
-    accelerator = accelerator_for(settings)
-    with accelerator.autocast():
-        features: Tensor = model.encoder(batch.to(accelerator.device), dense=model.target.dense)
-    return model.target.decide(model.logits(features.float().cpu()))
+        spoken = model.say(encoder.batch([row for _, row, _ in part], ids, ids), accelerator).cpu()
+        for (start, _, firsts), row in zip(part, spoken, strict=True):
+            places = torch.tensor(firsts)
+            here = start + torch.nonzero(places >= 0)[:, 0]
+            said[here], known[here] = row[places[places >= 0]], True
+    return said, known
 
 
 def whole_mask(view: Tensor, canvas: tuple[int, int], picture: tuple[int, int]) -> NDArray[np.uint8]:

@@ -95,13 +95,15 @@ class TagSamples(TextSamples):
         self,
         rows: list[NDArray[np.int64]],
         tags: list[NDArray[np.int64]],
+        words: list[NDArray[np.int64]],
         owners: Ints,
         encoder: DocumentEncoder,
         target: Target,
     ) -> None:
-        """`tags` are as long as `rows`, `IGNORED` where no word begins; `owners` (n,) is the text of each row."""
+        """`tags` are as long as `rows`, `IGNORED` where no word begins; so are `words`, the words' numbers in their
+        text, -1 elsewhere; `owners` (n,) is the text of each row."""
         super().__init__(rows, np.zeros(len(rows), dtype=np.int64), encoder, target)
-        self.tags, self.owners = tags, owners
+        self.tags, self.words, self.owners = tags, words, owners
 
     def select(self, positions: Ints) -> Self:
         chosen = super().select(positions)

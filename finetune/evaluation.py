@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.errors import UserError
 from data.files import write_atomically
 from finetune.calibration import fit_temperature
@@ -19,8 +21,8 @@ from finetune.ensemble import Ensemble, load_any
 from finetune.evaluation_targets import evaluate_targets
 from finetune.evidence import Score, score
 from finetune.features import accelerator_for, extract
+from finetune.labelled_data import LabelledData
 from finetune.labelled_text import read_labelled_text
-from finetune.members import LabelledData, Member
 from finetune.model import TaskModel, claim, publish
 from finetune.results import FORMAT, write_results
 from finetune.samples import ImageSamples, Samples
@@ -70,7 +72,7 @@ def evaluate(
     hidden = claim(Path(output), overwrite) if output is not None else None
     try:
         loaded = model if isinstance(model, TaskModel | Ensemble) else load_any(model)
-        if isinstance(loaded, TaskModel) and loaded.target.name != "classification":
+        if loaded.target.name != "classification":
             if calibrate is not None:
                 kind = loaded.target.name
                 raise UserError(
@@ -80,9 +82,9 @@ def evaluate(
             if hidden is not None:
                 publish(hidden, Path(output))  # type: ignore[arg-type]
             return results
-        data = LabelledData(test, loaded.classes, report)
-        members = loaded if isinstance(loaded, Ensemble) else Ensemble([Member("model", loaded)], [1.0], loaded.classes)
-        samples, calibration = data.samples(members.members[0].model), None
+        voices = Ensemble.of(loaded)
+        data = LabelledData(test, voices.members[0].model, report)
+        samples, calibration = data.common, None
         if calibrate is not None:
             if isinstance(loaded, Ensemble):
                 raise UserError("an ensemble has no temperature of its own; calibrate its members, then combine them")
@@ -90,7 +92,7 @@ def evaluate(
             if isinstance(model, str | Path):
                 save_temperature(Path(model).expanduser(), calibration)
             report(f"temperature {loaded.temperature:.4g}, fitted on {calibration['samples']:,} samples")
-        probabilities = members.judge(data, options)[0].probabilities
+        probabilities = torch.stack(data.judgement(voices.members, voices.weights, options).decided).numpy()
         said = Classified.of(probabilities, samples.labels)
         judged = _Judged(samples, data.fingerprint, said, score(probabilities, samples.labels))
         results = _results(loaded, judged, calibration)

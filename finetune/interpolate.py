@@ -3,7 +3,6 @@ zero-shot models")."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 
 from data.errors import UserError
 from finetune.compare import Judged, beside
-from finetune.members import LabelledData, Member, Source, ValidationData, load_members
-from finetune.results import FORMAT, describe_encoder
+from finetune.labelled_data import LabelledData, ValidationData
+from finetune.members import Member, Source, load_members
+from finetune.results import FORMAT, describe_encoder, kind_of
 from finetune.saving import written
 from finetune.settings import settings_from
 from finetune.soup import Pot, make_pot
+from finetune.targets import Target
 from finetune.tasks import Report
 
 STEPS = 11
@@ -43,14 +44,14 @@ def interpolate(
     Args:
         probe: a model on the encoder as it was before fine-tuning (`--strategy linear`).
         tuned: a model that was fine-tuned from that encoder; best by `--strategy lp-ft`, whose head too began as a
-            probe's: between heads that began elsewhere accuracy often falls.
-        test: labelled data whose accuracy is one axis of the robustness curve.
+            probe's: between heads that began elsewhere the merit often falls.
+        test: labelled data the merit on which is one axis of the robustness curve.
         shifted: labelled data of the same classes as they look elsewhere: the other axis, each a curve.
         validation: labelled data on which alpha is chosen; without it alpha is 0.5.
         train: training data, needed where the encoder has BatchNorm.
 
     Returns:
-        For each alpha its accuracy everywhere (`curve`), the chosen one, and its leads over both ends.
+        For each alpha its merit everywhere (`curve`), the chosen one, and its leads over both ends.
 
     Raises:
         UserError: models that cannot be averaged, or data that does not fit; nothing is left half-written.
@@ -62,14 +63,14 @@ def interpolate(
         members = load_members([probe, tuned])
         pot = make_pot(members, train, options, report)
         data = _open(members, test, shifted, validation, report)
+        target = members[0].model.target
         points, judged = _curve(members, pot, data, [place / (steps - 1) for place in range(steps)], report)
-        alpha = _choose(points)
+        alpha = _choose(points, target)
         chosen = pot.add(members[0].model, members[1].model, alpha)
         named = Member(f"alpha {alpha:g}", chosen)
-        results = {"format": FORMAT, "alpha": alpha, "chosen_on_validation": validation is not None, "curve": points}
-        results["data"] = {
-            n: {"samples": len(judged[n, 0.0].labels), "fingerprint": d.fingerprint} for n, d in data.items()
-        }
+        results: dict[str, Any] = {"format": FORMAT, **kind_of(target), "alpha": alpha}
+        results |= {"chosen_on_validation": validation is not None, "curve": points}
+        results["data"] = {n: {"samples": len(judged[n, 0.0]), "fingerprint": d.fingerprint} for n, d in data.items()}
         results["ends"] = {"0": members[0].name, "1": members[1].name}
         results["leads"] = {
             name: beside(each.judge(named, options), [judged[name, 0.0], judged[name, 1.0]])
@@ -93,13 +94,13 @@ def _open(
     report: Report,
 ) -> dict[str, LabelledData]:
     """All data by name: `validation`, `test` and each shifted one; nothing chosen on what is judged."""
-    classes = members[0].model.classes
+    first = members[0].model
     data: dict[str, LabelledData] = {}
     if test is not None:
-        data["test"] = LabelledData(test, classes, report)
+        data["test"] = LabelledData(test, first, report)
     for source in shifted:
         name = f"shifted {Path(source).name}"
-        data[name if name not in data else f"shifted {source}"] = LabelledData(source, classes, report)
+        data[name if name not in data else f"shifted {source}"] = LabelledData(source, first, report)
     if validation is not None:
         held_out = ValidationData(validation, members, report)
         for judged in data.values():
@@ -113,26 +114,27 @@ def _open(
 def _curve(
     members: list[Member], pot: Pot, data: dict[str, LabelledData], alphas: list[float], report: Report
 ) -> tuple[list[dict[str, Any]], dict[tuple[str, float], Judged]]:
-    """Accuracy (and log loss on validation data) of every alpha, and what the two ends said."""
+    """The merit (and the loss on validation data) of every alpha, and what the two ends said."""
     points, ends = [], {}
     for alpha in alphas:
-        member = Member(f"alpha {alpha:g}", pot.add(members[0].model, members[1].model, alpha))
+        called = members[int(alpha)].name if alpha in (0.0, 1.0) else f"alpha {alpha:g}"
+        member = Member(called, pot.add(members[0].model, members[1].model, alpha))
         point: dict[str, Any] = {"alpha": alpha}
         for name, each in data.items():
             judged = each.judge(member, pot.settings)
-            point[name] = judged.score.accuracy
+            point[name] = judged.merit
             if name == "validation":
-                point["validation_log_loss"] = judged.log_loss
+                point[f"validation_{each.target.misfit}"] = judged.loss
             if alpha in (0.0, 1.0):
-                ends[name, alpha] = Judged(members[int(alpha)].name, judged.probabilities, judged.labels)
+                ends[name, alpha] = judged
         report(", ".join(f"{name} {value:.4g}" for name, value in point.items()))
         points.append(point)
     return points, ends
 
 
-def _choose(points: list[dict[str, Any]]) -> float:
-    """The alpha of highest accuracy on validation data, then of lowest log loss there."""
+def _choose(points: list[dict[str, Any]], target: Target) -> float:
+    """The alpha of highest merit on validation data, then of lowest loss there."""
     if "validation" not in points[0]:
         return BLIND
-    best = max(points, key=lambda point: (point["validation"], -point.get("validation_log_loss", math.inf)))
+    best = max(points, key=lambda point: (point["validation"], -point[f"validation_{target.misfit}"]))
     return float(best["alpha"])

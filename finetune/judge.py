@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from finetune.encoder import Encoder
 from finetune.samples import Ints, Samples
 from finetune.settings import Settings
-from finetune.targets import IGNORED, Target
+from finetune.targets import IGNORED, Floats, Target
 
 RESAMPLES = 2000
 """Draws of the bootstrap."""
@@ -127,6 +127,11 @@ def score_intervals(judgements: list[Judgement], resamples: int = RESAMPLES) -> 
     """
     target = judgements[0].target
     sums = np.stack([target.sums(each.decided, each.truth) for each in judgements])
+    return sums_intervals(target, sums, resamples)
+
+
+def sums_intervals(target: Target, sums: Floats, resamples: int = RESAMPLES) -> dict[str, Interval]:
+    """The same from the samples' `Target.sums` (seeds, n, k)."""
     seeds, items = sums.shape[:2]
     # Raw bits of a fixed Philox stream: the same numbers under every version of NumPy.
     stream_of_bits = np.random.Philox(key=0)

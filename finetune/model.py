@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,8 @@ from finetune.features import accelerator_for, extract
 from finetune.heads import LinearHead, MLPHead, NeighbourHead
 from finetune.samples import Samples
 from finetune.settings import Settings
-from finetune.targets import Classification, Target, target_from
+from finetune.targets import Target, target_from
+from finetune.targets_class import Classification
 
 FORMAT = 1
 Head = LinearHead | MLPHead | NeighbourHead
@@ -30,7 +32,7 @@ Head = LinearHead | MLPHead | NeighbourHead
 
 @dataclass
 class TaskModel:
-    """Predicts one of `classes`."""
+    """Says of a sample what its `target` asks, over `classes`."""
 
     encoder: Encoder
     head: Head
@@ -54,8 +56,21 @@ class TaskModel:
         return self.from_features(extract(self.encoder, samples, settings, accelerator_for(settings)))
 
     @torch.no_grad()
+    def say(self, batch: Any, accelerator: Accelerator) -> Tensor:
+        """`Target.distribution` of a batch of inputs: float32, on the accelerator's device; of a task on whole
+        samples on the CPU."""
+        self.encoder.to(accelerator.device).eval()
+        with accelerator.autocast():
+            features: Tensor = self.encoder(batch.to(accelerator.device), dense=self.target.dense)
+        if not self.target.dense:
+            return self.from_features(features.float().cpu())
+        return self.target.distribution(self.head.to(accelerator.device).eval()(features.float()))
+
+    @torch.no_grad()
     def from_features(self, features: Tensor) -> Tensor:
-        """The same from pooled features (n, d) on the CPU."""
+        """The same from pooled features (n, d) on the CPU, where every kind of task leaves it."""
+        if not isinstance(self.target, Classification):
+            return self.target.distribution(self.logits(features))
         if self.temperature == 1.0:
             return self.head.cpu().probabilities(features)
         return self.logits(features).softmax(dim=1)

@@ -18,7 +18,8 @@ from finetune.loader import Labelled
 from finetune.samples import Samples
 from finetune.settings import Settings
 from finetune.stochastic_depth import StochasticDepth
-from finetune.targets import Classification, Target
+from finetune.targets import Target
+from finetune.targets_class import Classification
 from pretrain.norm import batch_norms
 from pretrain.objectives.protocol import Objective, Output, Tensors
 from pretrain.views.mixing import MixConfig, mix, mixed_targets

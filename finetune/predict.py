@@ -16,7 +16,7 @@ from data.canvas import decode
 from data.crops import upright_size
 from data.errors import UserError
 from data.images import UnreadableImage
-from finetune.dense_predictions import decide, tagged, whole_mask
+from finetune.dense_predictions import tagged, whole_mask
 from finetune.ensemble import Ensemble
 from finetune.features import accelerator_for
 from finetune.image_encoder import ImageEncoder
@@ -24,7 +24,7 @@ from finetune.model import TaskModel
 from finetune.prediction_inputs import Picture, pictures, texts
 from finetune.prediction_output import written_rows
 from finetune.settings import Settings, settings_from
-from finetune.targets import Classification, Target
+from finetune.targets_class import Classification
 from finetune.targets_dense import Segmentation, Tags
 from finetune.text_encoder import DocumentEncoder
 
@@ -71,8 +71,8 @@ class Predictions:
 
 def predict(model: TaskModel | Ensemble, inputs: Sequence[str | Path], **settings: Any) -> Predictions:
     """Classify each input, in order, all in memory; see `stream`, which is for models of every kind."""
-    if not isinstance(_target(model), Classification):
-        raise UserError(f"predict() gives a class an input; for {_target(model).name} take the rows of stream()")
+    if not isinstance(model.target, Classification):
+        raise UserError(f"predict() gives a class an input; for {model.target.name} take the rows of stream()")
     rows, skipped = [], []
     for found in stream(model, inputs, **settings):
         if isinstance(found, Skipped):
@@ -103,31 +103,24 @@ def stream(
         UserError: an input that does not exist, nothing to predict, or a `top` that the model does not have.
     """
     options = settings_from(settings)
-    target = _target(model)
+    voices, target = Ensemble.of(model), model.target
     if top != 1 and not isinstance(target, Classification):
         raise UserError(f"only a classification tells its {top} likeliest classes, and the model is for {target.name}")
     if not 1 <= top <= len(model.classes):
         raise UserError(f"{top} classes cannot be told of each input; the model has {len(model.classes)}")
-    members = [member.model for member in model.members] if isinstance(model, Ensemble) else [model]
-    for member in members:
-        member.encoder.to(accelerator_for(options).device).eval()
-    empty = True
-    text = members[0].encoder.kind == "text"
+    empty, text = True, voices.kind == "text"
     items: Iterable[Any] = texts(inputs, column) if text else pictures(inputs)
-    sides = {member.encoder.canvas for member in members if isinstance(member.encoder, ImageEncoder)}
+    encoders = [member.model.encoder for member in voices.members]
+    sides = {encoder.canvas for encoder in encoders if isinstance(encoder, ImageEncoder)}
     for part in _parts(iter(items)):
         empty = False
         read = part if text else [_decoded(item, sides, target.dense) for item in part]
         good = [each for each in read if not isinstance(each, Skipped)]
-        said = _said(model, members, good, top, options) if good else iter(())
+        said = _said(voices, good, top, options) if good else iter(())
         for each in read:
             yield each if isinstance(each, Skipped) else {"input": each if text else each.name, **next(said)}
     if empty:
         raise UserError(f"there is no {'text' if text else 'picture'} to predict")
-
-
-def _target(model: TaskModel | Ensemble) -> Target:
-    return model.target if isinstance(model, TaskModel) else Classification(model.classes)
 
 
 def _parts(items: Iterator[Any]) -> Iterator[list[Any]]:
@@ -156,29 +149,33 @@ def _decoded(item: Picture, sides: set[int], sized: bool) -> _Decoded | Skipped:
         return Skipped(name, str(error))
 
 
-@torch.no_grad()
-def _said(
-    model: TaskModel | Ensemble, members: list[TaskModel], items: list[Any], top: int, settings: Settings
-) -> Iterator[Said]:
+def _said(voices: Ensemble, items: list[Any], top: int, settings: Settings) -> Iterator[Said]:
     """What is said of readable items, in order."""
-    if isinstance(model, TaskModel) and isinstance(model.target, Tags):
-        yield from tagged(model, items, settings)
+    if isinstance(voices.target, Tags):
+        yield from tagged(voices, items, settings)
         return
-    if isinstance(model, TaskModel) and not isinstance(model.target, Classification):
-        decided = decide(model, _batch(model, items), settings)
-        found = model.target.predictions(decided)
-        yield from _with_masks(model, items, decided, found) if isinstance(model.target, Segmentation) else found
+    accelerator, models = accelerator_for(settings), [member.model for member in voices.members]
+    joint = voices.mean(model.say(_batch(model, items), accelerator) for model in models)
+    if isinstance(voices.target, Classification):
+        yield from _likeliest(joint.numpy(), voices.classes, top)
         return
-    features = [_features(member, items, settings) for member in members]
-    each = [member.from_features(found).numpy() for member, found in zip(members, features, strict=True)]
-    joint = model.mix(each, [member.classes for member in members]) if isinstance(model, Ensemble) else each[0]
+    decided = voices.target.decision(joint).cpu()
+    found = voices.target.predictions(decided)
+    if isinstance(voices.target, Segmentation):
+        yield from _with_masks(models[0], items, decided, found)
+    else:
+        yield from found
+
+
+def _likeliest(joint: np.ndarray, classes: list[str], top: int) -> Iterator[Said]:
+    """The `top` likeliest classes of each row of probabilities."""
     for row in joint:
         # The first of equal probabilities wins, as in `argmax`.
         order = np.argsort(-row, kind="stable")[:top]
         said: Said = {}
         for rank, place in enumerate(order, start=1):
             behind = f"_{rank}" if rank > 1 else ""
-            said |= {f"label{behind}": model.classes[place], f"probability{behind}": float(row[place])}
+            said |= {f"label{behind}": classes[place], f"probability{behind}": float(row[place])}
         yield said
 
 
@@ -187,14 +184,6 @@ def _with_masks(model: TaskModel, items: list[_Decoded], decided: torch.Tensor, 
     for item, view, said in zip(items, decided, found, strict=True):
         assert item.size is not None
         yield {"mask": whole_mask(view, item.canvases[model.encoder.canvas][1], item.size), **said}
-
-
-def _features(model: TaskModel, items: list[Any], settings: Settings) -> torch.Tensor:
-    """Pooled features (b, d) of texts, or of decoded pictures."""
-    accelerator = accelerator_for(settings)
-    with accelerator.autocast():
-        features: torch.Tensor = model.encoder(_batch(model, items).to(accelerator.device))
-    return features.float().cpu()
 
 
 def _batch(model: TaskModel, items: list[Any]) -> Any:

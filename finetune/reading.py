@@ -124,7 +124,7 @@ def _shards(source: str | Path, encoder: ImageEncoder | RawPixels, task: TaskNam
     else:
         raw = [_described(dataset, int(i), task) for i in ids]
         encoded = _encode(task, raw, lambda i: f"sample {dataset.key(int(ids[i]))!r} of {source}", known, source)
-    keys = [dataset.key(int(i)) for i in ids] if known is None else []
+    keys = [dataset.key(int(i)) for i in ids]
     return Read(_samples(dataset, ids, encoder, encoded), dataset.fingerprint, keys)
 
 

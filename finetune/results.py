@@ -12,6 +12,7 @@ import torch
 
 from data.files import write_atomically
 from finetune.encoder import Encoder
+from finetune.targets import Target
 from finetune.tasks import Task
 
 FORMAT = 1
@@ -49,6 +50,11 @@ def majority_accuracy(task: Task) -> float:
     """What always naming the commonest training class would score."""
     common = int(np.bincount(task.train.labels).argmax())
     return float((task.test.labels == common).mean())
+
+
+def kind_of(target: Target) -> dict[str, Any]:
+    """The kind of task and the score that is compared; nothing of a classification, whose merit is the accuracy."""
+    return {} if target.name == "classification" else {"task": target.name, "merit": target.merit}
 
 
 def describe_task(task: Task) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from data.images import UnreadableAt
 from data.keyed import sample_keys
 from finetune.encoder import Augmentation
 from finetune.pictures import PictureSource, undecodable
-from finetune.targets import Classification, Target
+from finetune.targets import Target
+from finetune.targets_class import Classification
 from finetune.text_encoder import DocumentEncoder
 
 Ints = NDArray[np.int64]
@@ -64,9 +65,13 @@ class Samples(ABC):
         """Random keys of samples in epochs: int64 (b,)."""
         return torch.from_numpy(np.ascontiguousarray(sample_keys(seed, epochs, self.ids[positions])))
 
+    def parts(self, size: int) -> list[Ints]:
+        """The positions of every sample once, cut into batches that suit inference."""
+        return np.split(self._order(), range(size, len(self), size))
+
     def batches(self, size: int) -> Iterator[tuple[Ints, Any]]:
-        """Every sample once, in batches that suit inference: (positions, batch)."""
-        for positions in np.split(self._order(), range(size, len(self), size)):
+        """Those batches: (positions, batch)."""
+        for positions in self.parts(size):
             yield positions, self.batch(positions, self.keys(0, 0, positions))
 
     def _order(self) -> Ints:

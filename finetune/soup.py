@@ -12,10 +12,11 @@ import numpy as np
 
 from data.errors import UserError
 from finetune.blend import blend, check_alike, has_batch_norm, measure_batch_norm
-from finetune.compare import Judged, beside
-from finetune.members import LabelledData, Member, Source, ValidationData, load_members
+from finetune.compare import beside
+from finetune.labelled_data import LabelledData, ValidationData
+from finetune.members import Member, Source, load_members
 from finetune.model import TaskModel
-from finetune.results import FORMAT, describe_encoder
+from finetune.results import FORMAT, describe_encoder, kind_of
 from finetune.saving import written
 from finetune.settings import Settings, settings_from
 from finetune.tasks import Report
@@ -53,7 +54,7 @@ def make_pot(members: list[Member], train: str | Path | None, settings: Settings
             f"{first.name} has BatchNorm, whose statistics must be measured anew for averaged weights; "
             "give the training data with --train"
         )
-    return Pot(settings, LabelledData(train, first.model.classes, report))
+    return Pot(settings, LabelledData(train, first.model, report))
 
 
 def uniform_soup(members: Sequence[Member], pot: Pot) -> TaskModel:
@@ -64,15 +65,15 @@ def uniform_soup(members: Sequence[Member], pot: Pot) -> TaskModel:
     return soup
 
 
-def greedy_soup(members: Sequence[Member], accuracies: Sequence[float], validation: LabelledData, pot: Pot) -> Greedy:
-    """Members in falling order of held-out accuracy, each kept if the soup's does not fall (algorithm 1)."""
-    order = sorted(range(len(members)), key=lambda number: -accuracies[number])
-    kept, soup, best = [order[0]], members[order[0]].model, accuracies[order[0]]
+def greedy_soup(members: Sequence[Member], merits: Sequence[float], validation: LabelledData, pot: Pot) -> Greedy:
+    """Members in falling order of held-out merit, each kept if the soup's does not fall (algorithm 1)."""
+    order = sorted(range(len(members)), key=lambda number: -merits[number])
+    kept, soup, best = [order[0]], members[order[0]].model, merits[order[0]]
     for number in order[1:]:
         candidate = pot.add(soup, members[number].model, 1 / (len(kept) + 1))
-        accuracy = validation.judge(Member("soup", candidate), pot.settings).score.accuracy
-        if accuracy >= best:
-            soup, best = candidate, accuracy
+        merit = validation.judge(Member("soup", candidate), pot.settings).merit
+        if merit >= best:
+            soup, best = candidate, merit
             kept.append(number)
     return Greedy(soup, [members[number].name for number in kept], best)
 
@@ -84,7 +85,7 @@ class Greedy:
     model: TaskModel
     kept: list[str]
     """Names of its members, best first."""
-    accuracy: float
+    merit: float
     """On the validation data, where it is at least that of the best member."""
 
 
@@ -121,25 +122,26 @@ def soup(
         members = load_members(sources)
         pot = make_pot(members, train, options, report)
         held_out = ValidationData(validation, members, report)
-        data = LabelledData(test, held_out.classes, report) if test is not None else None
+        data = LabelledData(test, members[0].model, report) if test is not None else None
         if data is not None:
             held_out.check_test(data)
-        judged = [held_out.judge(member, options) for member in members]
-        accuracies = [each.score.accuracy for each in judged]
-        greedy, plain = greedy_soup(members, accuracies, held_out, pot), uniform_soup(members, pot)
+        judged = held_out.judge_all(members, options)
+        merits = [each.merit for each in judged]
+        greedy, plain = greedy_soup(members, merits, held_out, pot), uniform_soup(members, pot)
         report(f"greedy soup: kept {len(greedy.kept)} of {len(members)}: {', '.join(greedy.kept)}")
         soups = [Member("greedy soup", greedy.model), Member("uniform soup", plain)]
         plainly = held_out.judge(soups[1], options)
-        results: dict[str, Any] = {"format": FORMAT, "soup": kind, "kept": greedy.kept}
+        target = held_out.target
+        results: dict[str, Any] = {"format": FORMAT, **kind_of(target), "soup": kind, "kept": greedy.kept}
         results["validation"] = {
-            "samples": len(judged[0].labels),
+            "samples": len(judged[0]),
             "fingerprint": held_out.fingerprint,
             "members": [each.entry() for each in judged],
-            "greedy_accuracy": greedy.accuracy,
-            "uniform_accuracy": plainly.score.accuracy,
+            f"greedy_{target.merit}": greedy.merit,
+            f"uniform_{target.merit}": plainly.merit,
         }
         if data is not None:
-            best = members[int(np.argmax(accuracies))]
+            best = members[int(np.argmax(merits))]
             results["test"] = _test(members, soups, best, data, options)
         chosen = soups[KINDS.index(kind)].model
         results["seconds"] = round(time.perf_counter() - started, 3)
@@ -162,12 +164,12 @@ def _test(
     settings: Settings,
 ) -> dict[str, Any]:
     """Everybody on the test set; the soups and the ensemble beside the member that was best on validation data."""
-    judged = [data.judge(member, settings) for member in members]
-    mean = np.mean([each.probabilities for each in judged], axis=0)
+    shares = [1 / len(members)] * len(members)
+    *judged, ensemble = data.judge_all(members, settings, shares)
     reference = judged[members.index(best)]
-    ours = [data.judge(each, settings) for each in soups] + [Judged("ensemble", mean, judged[0].labels)]
+    ours = [*data.judge_all(soups, settings), ensemble]
     return {
-        "samples": len(judged[0].labels),
+        "samples": len(reference),
         "fingerprint": data.fingerprint,
         "best_on_validation": best.name,
         "models": [each.entry() for each in judged] + [beside(each, [reference]) for each in ours],

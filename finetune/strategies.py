@@ -25,7 +25,7 @@ from finetune.probe import fit_linear, fit_neighbours
 from finetune.rates import ADAPTERS, FIXED_ADAPTERS, UNTRAINED, learning_rates
 from finetune.samples import Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
-from finetune.targets import Classification
+from finetune.targets_class import Classification
 from finetune.train import Trace, Training
 from finetune.trained_head import Rows, fit_head
 from finetune.unfreezing import unfreezing

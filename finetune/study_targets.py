@@ -16,12 +16,10 @@ from finetune.samples import Ints, Samples
 from finetune.settings import STRATEGIES, Settings, Strategy
 from finetune.strategies import fit_trained
 from finetune.study import Cases, Study
+from finetune.targets import SCORES
 from finetune.tasks import Report, Task, settle
 from finetune.train import Trace
 from finetune.trained_head import Rows, fit_head
-
-SCORES = {"micro_f1": "micro-F1", "r2": "R²", "f1": "F1", "token_accuracy": "token accuracy", "miou": "mIoU"}
-"""How the merits are called where people read them."""
 
 
 class TargetCases(Cases[Judgement]):

@@ -78,20 +78,21 @@ def tag_samples(read: TaggedText, encoder: DocumentEncoder, known: Target | None
             f"(its tags: {', '.join(known.classes[:5])}, …); add training samples or remove it"
         )
     numbers = {tag: number for number, tag in enumerate(known.classes)}
-    rows, tags, owners = [], [], []
+    rows, tags, places, owners = [], [], [], []
     for owner, (words, named) in enumerate(zip(read.words, read.tags, strict=True)):
         done = 0
         for row, firsts in encoder.tokenize_words(words):
-            truth = np.full(len(row), IGNORED, dtype=np.int64)
+            truth, numbered = np.full(len(row), IGNORED, dtype=np.int64), np.full(len(row), -1, dtype=np.int64)
             # A word without any token of its own (spaces of Unicode, for example) has no place to be judged at.
             for word, first in enumerate(firsts, start=done):
                 if first >= 0:
-                    truth[first] = numbers[named[word]]
+                    truth[first], numbered[first] = numbers[named[word]], word
             done += len(firsts)
             rows.append(row)
             tags.append(truth)
+            places.append(numbered)
             owners.append(owner)
-    return TagSamples(rows, tags, np.array(owners, dtype=np.int64), encoder, known)
+    return TagSamples(rows, tags, places, np.array(owners, dtype=np.int64), encoder, known)
 
 
 def row_names(read: TaggedText, owners: Ints) -> list[str]:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
@@ -25,6 +24,17 @@ TaskName = Literal["classification", "multi-label", "regression", "tokens", "seg
 TASKS: tuple[TaskName, ...] = ("classification", "multi-label", "regression", "tokens", "segmentation")
 IGNORED = -100
 """Truth that neither loss nor score counts."""
+TINY = 1e-12
+"""Probabilities count as this at least where their logarithm is taken."""
+SCORES = {
+    "accuracy": "accuracy",
+    "micro_f1": "micro-F1",
+    "r2": "R²",
+    "f1": "F1",
+    "token_accuracy": "token accuracy",
+    "miou": "mIoU",
+}
+"""How the merits are called where people read them."""
 Floats = NDArray[np.float64]
 
 
@@ -37,6 +47,8 @@ class Target(ABC):
     name: ClassVar[TaskName]
     merit: str
     """The score that models are compared by; higher is better."""
+    misfit: ClassVar[str] = "log_loss"
+    """What the mean of `mismatch` is called."""
     dense: ClassVar[bool] = False
     """Whether every token or patch is judged, from `encoder(batch, augment, dense=True)`."""
     classes: list[str]
@@ -61,8 +73,34 @@ class Target(ABC):
         return self.loss(outputs, truth, label_smoothing)
 
     @abstractmethod
+    def distribution(self, outputs: Tensor) -> Tensor:
+        """What outputs say, float32 (…, outputs) on their device: probabilities, or values in their own units.
+
+        The weighted mean of several models' is again one: what their ensemble says.
+        """
+
+    @abstractmethod
+    def decision(self, said: Tensor) -> Tensor:
+        """What is judged and told of a `distribution`: probabilities, values, tags or classes of pixels."""
+
     def decide(self, outputs: Tensor) -> Tensor:
-        """What is judged and told of outputs, on their device: probabilities, values, tags or classes of pixels."""
+        """The same of outputs, on their device."""
+        return self.decision(self.distribution(outputs))
+
+    @abstractmethod
+    def likelihoods(self, said: Tensor, truth: Tensor) -> Tensor:
+        """The probability that a `distribution` gives to what is true, float32 (m,), at each place that is judged.
+
+        Raises:
+            NotImplementedError: quantities have none.
+        """
+
+    def mismatch(self, said: Tensor, truth: Tensor) -> Tensor:
+        """How far a `distribution` is from the truth at each judged place, float64 (m,); its mean is the loss.
+
+        In nats, of probabilities of 1e-12 at least; of quantities, squared errors in standard deviations.
+        """
+        return -self.likelihoods(said, truth).double().clamp_min(TINY).log()
 
     @abstractmethod
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
@@ -93,47 +131,6 @@ class Target(ABC):
         return {"task": self.name, "classes": self.classes}
 
 
-class Classification(Target):
-    """One class a sample. Truth int64 (b,); decisions are probabilities float32 (b, classes)."""
-
-    name = "classification"
-    merit = "accuracy"
-
-    def __init__(self, classes: list[str]) -> None:
-        self.classes = classes
-
-    def loss(self, outputs: Tensor, truth: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Cross-entropy."""
-        return cross_entropy(outputs, truth, label_smoothing)
-
-    def decide(self, outputs: Tensor) -> Tensor:
-        return outputs.float().softmax(dim=-1)
-
-    def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
-        """Whether each is right, and one."""
-        hits = [float(int(each.argmax()) == int(label)) for each, label in zip(decided, truth, strict=True)]
-        return np.stack([np.array(hits), np.ones(len(hits))], axis=1)
-
-    def summed(self, sums: Floats) -> dict[str, Floats]:
-        return {"accuracy": ratio(sums[..., 0], sums[..., 1])}
-
-    def score(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
-        from finetune.evidence import macro_f1
-
-        named = np.array([int(each.argmax()) for each in decided], dtype=np.int64)
-        labels = np.array([int(label) for label in truth], dtype=np.int64)
-        return {"accuracy": float((named == labels).mean()), "macro_f1": macro_f1(named, labels)}
-
-    def constant(self, truth: Sequence[Tensor]) -> Tensor:
-        common = torch.stack(list(truth)).bincount(minlength=self.outputs).argmax()
-        return F.one_hot(common, self.outputs).float()
-
-    def predictions(self, decided: Tensor) -> list[dict[str, Any]]:
-        best = decided.max(dim=1)
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [{"label": self.classes[place], "probability": value} for place, value in pairs]
-
-
 def target_from(described: dict[str, Any]) -> Target:
     """The target that `describe` described; a classification where no task is named.
 
@@ -141,6 +138,7 @@ def target_from(described: dict[str, Any]) -> Target:
         UserError: a kind of task that is not known here.
         KeyError, TypeError: something is missing or of another type.
     """
+    from finetune.targets_class import Classification
     from finetune.targets_dense import Segmentation, Tags
     from finetune.targets_vector import MultiLabel, Regression
 

@@ -31,8 +31,15 @@ class Tags(Target):
         """Cross-entropy of each word's first token."""
         return cross_entropy(outputs, truth, label_smoothing)
 
-    def decide(self, outputs: Tensor) -> Tensor:
-        return outputs.argmax(dim=-1)
+    def distribution(self, outputs: Tensor) -> Tensor:
+        """Of tags, (b, n, tags)."""
+        return outputs.float().softmax(dim=-1)
+
+    def decision(self, said: Tensor) -> Tensor:
+        return said.argmax(dim=-1)
+
+    def likelihoods(self, said: Tensor, truth: Tensor) -> Tensor:
+        return _of_truth(said, truth)
 
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
         """Words right and words; of entities (or, without entities, of each tag) found, named and present."""
@@ -100,8 +107,15 @@ class Segmentation(Target):
         """Cross-entropy of each patch, whose truth is its commonest class."""
         return cross_entropy(outputs, truth, label_smoothing)
 
-    def decide(self, outputs: Tensor) -> Tensor:
-        return self.enlarged(outputs.float()).argmax(dim=1)
+    def distribution(self, outputs: Tensor) -> Tensor:
+        """Of classes, (b, size, size, classes)."""
+        return rearrange(self.enlarged(outputs.float()).softmax(dim=1), "b c h w -> b h w c")
+
+    def decision(self, said: Tensor) -> Tensor:
+        return said.argmax(dim=-1)
+
+    def likelihoods(self, said: Tensor, truth: Tensor) -> Tensor:
+        return _of_truth(said, truth)
 
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
         """Pixels right, said and present of each class: (n, 3 * classes)."""
@@ -144,3 +158,9 @@ class Segmentation(Target):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"size": self.size}
+
+
+def _of_truth(said: Tensor, truth: Tensor) -> Tensor:
+    """The entries (m,) of said (..., classes) that truth (...) names, where that is known."""
+    named = said.gather(-1, truth.clamp_min(0)[..., None])[..., 0]
+    return named[truth != IGNORED]

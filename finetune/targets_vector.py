@@ -31,8 +31,15 @@ class MultiLabel(Target):
         total = F.binary_cross_entropy_with_logits(outputs, smooth, reduction="sum")
         return total, torch.full((), truth.numel(), dtype=torch.float32, device=truth.device)
 
-    def decide(self, outputs: Tensor) -> Tensor:
+    def distribution(self, outputs: Tensor) -> Tensor:
         return outputs.float().sigmoid()
+
+    def decision(self, said: Tensor) -> Tensor:
+        return said
+
+    def likelihoods(self, said: Tensor, truth: Tensor) -> Tensor:
+        """Of each label's presence or absence, one sample after the other."""
+        return said.where(truth > 0.5, 1 - said).flatten()
 
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
         """Labels named rightly, labels named, and labels present, one after the other: (n, 3 * labels)."""
@@ -74,10 +81,16 @@ class Regression(Target):
 
     name = "regression"
     merit = "r2"
+    misfit = "squared_error"
 
     def __init__(self, classes: list[str], mean: Sequence[float], scale: Sequence[float]) -> None:
         """`mean` and `scale` (standard deviation, not 0) of each quantity."""
         self.classes, self.mean, self.scale = classes, list(mean), list(scale)
+
+    def select(self, order: Sequence[int]) -> Regression:
+        """These quantities in another order."""
+        each = (self.classes, self.mean, self.scale)
+        return Regression(*([values[i] for i in order] for values in each))  # type: ignore[arg-type]
 
     def standardized(self, truth: Tensor) -> Tensor:
         """Truth as the outputs are."""
@@ -88,8 +101,21 @@ class Regression(Target):
         total = (outputs - self.standardized(truth)).square().sum()
         return total, torch.full((), truth.numel(), dtype=torch.float32, device=truth.device)
 
-    def decide(self, outputs: Tensor) -> Tensor:
+    def distribution(self, outputs: Tensor) -> Tensor:
         return outputs.float() * outputs.new_tensor(self.scale) + outputs.new_tensor(self.mean)
+
+    def decision(self, said: Tensor) -> Tensor:
+        return said
+
+    def likelihoods(self, said: Tensor, truth: Tensor) -> Tensor:
+        raise NotImplementedError("quantities have no likelihoods")
+
+    def errors(self, said: Tensor, truth: Tensor) -> Tensor:
+        """What is said beyond the truth, in standard deviations, one sample after the other: float64 (m,)."""
+        return ((said.double() - truth.double()) / said.new_tensor(self.scale).double()).flatten()
+
+    def mismatch(self, said: Tensor, truth: Tensor) -> Tensor:
+        return self.errors(said, truth).square()
 
     def sums(self, decided: Sequence[Tensor], truth: Sequence[Tensor]) -> Floats:
         """One, then for each quantity squared error, deviation from the training mean and its square, all in

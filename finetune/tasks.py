@@ -12,10 +12,11 @@ import numpy as np
 from data.errors import UserError
 from data.keyed import hash64
 from finetune.encoder import Encoder
-from finetune.reading import read
+from finetune.reading import Read, read
 from finetune.samples import MEMORY_GIB, ImageSamples, Samples
 from finetune.splits import held_out
-from finetune.targets import Classification, Target, TaskName
+from finetune.targets import Target, TaskName
+from finetune.targets_class import Classification
 
 TEST_SHARE = 0.2
 """Share of the labelled samples that is held out where no test set is given."""
@@ -57,7 +58,7 @@ def load_task(train: str | Path, test: str | Path | None, encoder: Encoder, task
         judged = read(test, encoder, task, target)
         prints = {"train": found.fingerprint, "test": judged.fingerprint}
         return Task(everything, judged.samples, target.classes, prints, held_out=False)
-    out = held_out(everything.labels, TEST_SHARE, _hashes(found.names))
+    out = _out(found)
     if not out.any():
         raise UserError(f"{train} has one sample a class, too few to hold out a test set; give one with --test")
     inside, outside = everything.select(np.flatnonzero(~out)), everything.select(np.flatnonzero(out))
@@ -72,6 +73,13 @@ def load_test(test: str | Path, encoder: Encoder, known: list[str] | Target) -> 
     return found.samples, found.fingerprint
 
 
+def load_held_out(train: str | Path, encoder: Encoder, target: Target) -> Samples:
+    """The share of labelled samples that `load_task` holds out where it is given no test set, over the target's
+    classes; raises as `load_task` does."""
+    found = read(train, encoder, target.name, target)
+    return found.samples.select(np.flatnonzero(_out(found)))
+
+
 def settle(samples: Samples, report: Report) -> None:
     """Decode pictures into memory for repeated use, or say why not."""
     if not isinstance(samples, ImageSamples) or samples.in_memory:
@@ -83,6 +91,11 @@ def settle(samples: Samples, report: Report) -> None:
             f"{len(samples):,} decoded pictures would take {samples.gibibytes:.1f} GiB of memory; "
             "they are read from the shards at each use"
         )
+
+
+def _out(found: Read) -> np.ndarray:
+    """bool (n,): which samples are held out."""
+    return held_out(found.samples.labels, TEST_SHARE, _hashes(found.names))
 
 
 def _hashes(names: list[str]) -> np.ndarray:

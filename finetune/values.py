@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.errors import UserError
-from finetune.targets import Classification, Target
+from finetune.targets import Target
+from finetune.targets_class import Classification
 from finetune.targets_vector import MultiLabel, Regression
 
 Ints = NDArray[np.int64]

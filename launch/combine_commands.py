@@ -29,7 +29,7 @@ def add_corrupt(kinds: argparse._SubParsersAction) -> None:
 
 
 def _ensemble(sub: argparse._SubParsersAction) -> None:
-    parser = add_command(sub, "ensemble", ensemble, "several task models -> one that averages their probabilities")
+    parser = add_command(sub, "ensemble", ensemble, "several task models -> one that averages what they say")
     parser.add_argument("models", nargs="+", type=Path, metavar="model", help="folders that finetune --output made")
     parser.add_argument("--test", help="labelled data to judge it and each member on")
     parser.add_argument("--validation", help="labelled data that no member saw, to choose the weights on")
@@ -82,7 +82,7 @@ def corrupt(arguments: argparse.Namespace) -> int:
 
 def ensemble(arguments: argparse.Namespace) -> int:
     """`headwater ensemble`."""
-    from finetune.compare import table
+    from finetune.compare_text import table
     from finetune.ensemble import ensemble
 
     results = ensemble(
@@ -96,13 +96,13 @@ def ensemble(arguments: argparse.Namespace) -> int:
     )
     lines = [f"weight {member['weight']:.3f}  {member['name']}" for member in results["members"]]
     if "test" in results:
-        lines.append(table(results["test"]["models"]))
+        lines.append(table(results["test"]["models"], results.get("merit", "accuracy")))
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
 
 
 def soup(arguments: argparse.Namespace) -> int:
     """`headwater soup`."""
-    from finetune.compare import table
+    from finetune.compare_text import table, value
     from finetune.soup import soup
 
     results = soup(
@@ -115,18 +115,18 @@ def soup(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         report=to_stderr,
     )
-    found = results["validation"]
-    lines = [f"validation: {100 * each['accuracy']:.1f} %  {each['name']}" for each in found["members"]]
-    lines.append(f"validation: {100 * found['greedy_accuracy']:.1f} %  greedy soup of {len(results['kept'])}")
-    lines.append(f"validation: {100 * found['uniform_accuracy']:.1f} %  uniform soup of {len(found['members'])}")
+    found, merit = results["validation"], results.get("merit", "accuracy")
+    lines = [f"validation: {value(merit, each[merit])}  {each['name']}" for each in found["members"]]
+    sizes = {"greedy": len(results["kept"]), "uniform": len(found["members"])}
+    lines += [f"validation: {value(merit, found[f'{n}_{merit}'])}  {n} soup of {size}" for n, size in sizes.items()]
     if "test" in results:
-        lines.append(table(results["test"]["models"]))
+        lines.append(table(results["test"]["models"], merit))
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
 
 
 def interpolate(arguments: argparse.Namespace) -> int:
     """`headwater interpolate`."""
-    from finetune.compare import percent
+    from finetune.compare_text import difference, named
     from finetune.interpolate import interpolate
 
     results = interpolate(
@@ -147,12 +147,10 @@ def interpolate(arguments: argparse.Namespace) -> int:
 
         draw(results, plot)
     why = "chosen on validation data" if results["chosen_on_validation"] else "no validation data to choose on"
-    lines = [f"alpha {results['alpha']:g} ({why})"]
+    lines, merit = [f"alpha {results['alpha']:g} ({why})"], results.get("merit", "accuracy")
     for name, entry in results["leads"].items():
-        lines.append(f"{name}: accuracy {100 * entry['accuracy']:.1f} %")
-        for lead in entry["leads"]:
-            difference = f"{100 * lead['difference']:+.1f} ({percent(lead['interval'])})"
-            lines.append(f"  over {lead['over']}: {difference} points, paired")
+        lines.append(f"{name}: {named(merit, entry[merit])}")
+        lines += [f"  over {lead['over']}: {difference(merit, lead)}" for lead in entry["leads"]]
     lines += [f"robustness curve in {plot}"] if plot is not None else []
     return tell(results, "\n".join(lines + _saved(arguments)), arguments)
 

@@ -1,4 +1,4 @@
-"""The robustness curve of models between two: accuracy on the test set against accuracy on shifted sets."""
+"""The robustness curve of models between two: their merit on the test set against that on shifted sets."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from data.files import write_atomically
+from finetune.targets import SCORES
 
 _COLORS = ("#1f6feb", "#d9730d", "#2da44e", "#8250df", "#bf3989", "#7d8590")
 
@@ -21,7 +22,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
     """Write what `finetune.interpolate` found as a PNG.
 
     Right: one curve a shifted set, from the probe to the fine-tuned model (figure 1 of Wortsman et al. 2022), drawn
-    where there are test and shifted data. Left: accuracy on each set along alpha.
+    where there are test and shifted data. Left: the merit on each set along alpha.
     """
     sets = [name for name in results["data"] if name != "validation"]
     shifted = [name for name in sets if name != "test"]
@@ -41,13 +42,12 @@ def draw(results: dict[str, Any], out: Path) -> None:
 
 
 def _along(axes: Axes, results: dict[str, Any]) -> None:
-    curve = results["curve"]
+    curve, (called, unit, times) = results["curve"], _scale(results)
     for number, name in enumerate(results["data"]):
         chosen_on = name == "validation"
-        accuracies = [100 * point[name] for point in curve]
         axes.plot(
             [point["alpha"] for point in curve],
-            accuracies,
+            [times * point[name] for point in curve],
             marker=".",
             label=name,
             linestyle="--" if chosen_on else "-",
@@ -56,27 +56,33 @@ def _along(axes: Axes, results: dict[str, Any]) -> None:
     why = "chosen on validation data" if results["chosen_on_validation"] else "without validation data"
     axes.axvline(results["alpha"], color="#7d8590", linewidth=1, label=f"alpha {results['alpha']:g}, {why}")
     axes.set_xlabel("alpha")
-    axes.set_ylabel("accuracy, %")
+    axes.set_ylabel(f"{called}{unit}")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
 
 
 def _against(axes: Axes, results: dict[str, Any], shifted: list[str]) -> None:
-    curve = results["curve"]
-    names = list(results["data"])
+    curve, (called, unit, times) = results["curve"], _scale(results)
+    merit, names = results.get("merit", "accuracy"), list(results["data"])
     for name in shifted:
         color = _color(names.index(name))
-        x, y = [100 * point["test"] for point in curve], [100 * point[name] for point in curve]
+        x, y = ([times * point[each] for point in curve] for each in ("test", name))
         axes.plot(x, y, marker=".", color=color, label=name)
         for place, marker in ((0, "s"), (-1, "o")):
             axes.plot(x[place], y[place], marker=marker, color=color, markersize=9)
-        star = [100 * results["leads"][each]["accuracy"] for each in ("test", name)]
+        star = [times * results["leads"][each][merit] for each in ("test", name)]
         axes.plot(*star, marker="*", color=color, markersize=15)
-    axes.set_xlabel("accuracy on the test set, %")
-    axes.set_ylabel("accuracy on shifted data, %")
+    axes.set_xlabel(f"{called} on the test set{unit}")
+    axes.set_ylabel(f"{called} on shifted data{unit}")
     axes.set_title("square: alpha 0, circle: alpha 1, star: chosen", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.25)
+
+
+def _scale(results: dict[str, Any]) -> tuple[str, str, float]:
+    """What the merit is called, its unit, and what it is multiplied by: accuracy is shown in per cent."""
+    merit = results.get("merit", "accuracy")
+    return (SCORES[merit], ", %", 100.0) if merit == "accuracy" else (SCORES[merit], "", 1.0)
 
 
 def _color(number: int) -> str:

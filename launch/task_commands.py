@@ -141,10 +141,9 @@ def predict(arguments: argparse.Namespace) -> int:
 def _written(model: TaskModel | Ensemble, arguments: argparse.Namespace) -> AbstractContextManager[Write]:
     """What writes the rows: masks into a folder, tagged text as JSON where no format is named, all else as asked."""
     from finetune.mask_folder import written_masks
-    from finetune.model import TaskModel
     from finetune.prediction_output import written_rows
 
-    task = model.target.name if isinstance(model, TaskModel) else "classification"
+    task = model.target.name
     if task != "segmentation":
         plain = task == "tokens" and arguments.output is None
         return written_rows(arguments.output, arguments.format or ("jsonl" if plain else None))

@@ -25,6 +25,13 @@ def _multitask(sub: argparse._SubParsersAction) -> None:
         metavar="NAME=TRAIN[:TEST]",
         help="tasks, by any name that is no setting; and settings of fine-tuning (key=value)",
     )
+    parser.add_argument(
+        "--task",
+        action="append",
+        default=[],
+        metavar="NAME=KIND",
+        help="a task that is no classification: multi-label, regression, tokens, segmentation; for each such task",
+    )
     parser.add_argument("--sampling", default="proportional", help="proportional, equal or temperature (proportional)")
     parser.add_argument("--temperature", type=float, default=2.0, help="of --sampling temperature (default: 2)")
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget of each task")
@@ -59,7 +66,7 @@ def _adapt(sub: argparse._SubParsersAction) -> None:
 def multitask(arguments: argparse.Namespace) -> int:
     """`headwater multitask`."""
     from data.errors import UserError
-    from finetune.compare import percent
+    from finetune.compare_text import difference, value
     from finetune.multitask import multitask
     from finetune.settings import Settings
     from launch.task_commands import settings_of
@@ -77,6 +84,7 @@ def multitask(arguments: argparse.Namespace) -> int:
     results = multitask(
         arguments.encoder,
         tasks,
+        kinds=_kinds(arguments.task),
         sampling=arguments.sampling,
         temperature=arguments.temperature,
         labels_per_class=arguments.labels_per_class,
@@ -88,10 +96,9 @@ def multitask(arguments: argparse.Namespace) -> int:
     )
     lines = []
     for name, found in results["tasks"].items():
-        joint, alone, lead = found["joint"], found["alone"], found["lead"]
-        difference = f"{100 * lead['difference']:+.1f} ({percent(lead['interval'])})"
-        accuracies = f"{100 * joint['accuracy']:.1f} % together, {100 * alone['accuracy']:.1f} % alone"
-        lines.append(f"{name}: {accuracies}, {difference} points, paired")
+        merit = found.get("merit", "accuracy")
+        joint, alone = (value(merit, found[how][merit]) for how in ("joint", "alone"))
+        lines.append(f"{name}: {joint} together, {alone} alone, {difference(merit, found['lead'])}")
     if arguments.output:
         first = next(iter(tasks))
         lines += [
@@ -99,6 +106,18 @@ def multitask(arguments: argparse.Namespace) -> int:
             f"next: headwater predict {arguments.output}/{first} FILES",
         ]
     return tell(results, "\n".join(lines), arguments)
+
+
+def _kinds(pairs: list[str]) -> dict[str, str]:
+    from data.errors import UserError
+
+    kinds = {}
+    for pair in pairs:
+        name, equals, kind = pair.partition("=")
+        if not equals or name in kinds:
+            raise UserError(f"--task {pair} is no kind of a task; write NAME=KIND, such as words=tokens, once each")
+        kinds[name] = kind
+    return kinds
 
 
 def adapt(arguments: argparse.Namespace) -> int:
@@ -128,7 +147,7 @@ def adapt(arguments: argparse.Namespace) -> int:
 
 
 def _adapted(results: dict[str, Any], output: Path) -> str:
-    from finetune.compare import percent
+    from finetune.compare_text import percent
 
     lines = []
     for name, words in (("plain", "as it was"), ("adapted", "adapted")):

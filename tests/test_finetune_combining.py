@@ -13,10 +13,11 @@ from test_finetune_kit import NAMES, digits, write_encoder, write_images, write_
 
 from data.errors import UserError
 from finetune.blend import blend, has_batch_norm, measure_batch_norm
-from finetune.ensemble import ensemble, likeliest_weights, load_any, load_ensemble
+from finetune.ensemble import ensemble, load_any, load_ensemble
 from finetune.evaluation import evaluate
 from finetune.interpolate import interpolate
 from finetune.members import Member
+from finetune.mixture_weights import likeliest_weights
 from finetune.model import TaskModel, load_model
 from finetune.predict import predict
 from finetune.run import finetune
@@ -122,7 +123,7 @@ def test_likeliest_weights_are_the_best_mixture() -> None:
     sharp = np.full((400, 3), 0.1)
     sharp[np.arange(400), np.where(draw.random(400) < 0.7, labels, (labels + 1) % 3)] = 0.8
     flat = draw.dirichlet([1, 1, 1], 400)
-    first, second = likeliest_weights([sharp.astype(np.float32), flat.astype(np.float32)], labels)
+    first, second = likeliest_weights(np.stack([each[np.arange(400), labels] for each in (sharp, flat)], axis=1))
 
     def loss(weight: float) -> float:
         mixed = weight * sharp + (1 - weight) * flat

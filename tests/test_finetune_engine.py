@@ -30,7 +30,7 @@ from finetune.objective import FineTuning, Learner, Views, balanced
 from finetune.samples import Samples
 from finetune.settings import Settings, settings_from
 from finetune.stochastic_depth import StochasticDepth
-from finetune.targets import Classification
+from finetune.targets_class import Classification
 from finetune.tasks import load_task
 from finetune.train import Trace, Training
 from pretrain import loop

@@ -21,7 +21,7 @@ from finetune.probe import fit_linear
 from finetune.run import finetune
 from finetune.settings import STRATEGIES, Settings, Strategy, settings_from
 from finetune.strategies import WAYS, fit_trained
-from finetune.targets import Classification
+from finetune.targets_class import Classification
 from finetune.tasks import load_task, load_test
 from finetune.train import Training
 from finetune.trained_head import Rows, fit_head

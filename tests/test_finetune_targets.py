@@ -21,7 +21,8 @@ from finetune.judge import commonest, score_intervals
 from finetune.model import load_model
 from finetune.run import finetune
 from finetune.study_targets import baseline
-from finetune.targets import IGNORED, Classification, Target, target_from
+from finetune.targets import IGNORED, Target, target_from
+from finetune.targets_class import Classification
 from finetune.targets_dense import Segmentation, Tags
 from finetune.targets_vector import MultiLabel, Regression
 from finetune.tasks import load_task, load_test
