@@ -16,9 +16,9 @@ import numpy as np
 
 from data.errors import UserError
 from data.files import write_atomically
-from finetune.compare import lead
 from finetune.encoder import load_encoder
 from finetune.evidence import interval, score
+from finetune.leads import lead
 from finetune.model import load_model
 from finetune.results import FORMAT, write_results
 from finetune.run import finetune

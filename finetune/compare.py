@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from finetune.calibration import expected_calibration_error, log_losses
 from finetune.evidence import Score, interval, score
-from finetune.judge import RESAMPLES, Judgement, sums_intervals
+from finetune.judge import Judgement, sums_intervals
+from finetune.leads import Correct, lead, merit_lead
 from finetune.samples import Ints
 from finetune.targets import Floats, Target
 from finetune.targets_class import Classification
-
-Correct = NDArray[np.bool_]
 
 
 class Judged(ABC):
@@ -121,7 +120,8 @@ class JudgedTarget(Judged):
     """(n, k): `Target.sums` of each item."""
     scores: dict[str, float]
     """By name, the merit among them."""
-    loss: float
+    mismatch: float
+    """Its mean over what is judged."""
 
     @classmethod
     def of(cls, name: str, judgement: Judgement) -> Self:
@@ -135,6 +135,10 @@ class JudgedTarget(Judged):
     @property
     def merit(self) -> float:
         return self.scores[self.target.merit]
+
+    @property
+    def loss(self) -> float:
+        return self.mismatch
 
     def entry(self) -> dict[str, Any]:
         return {"name": self.name, **self.summary([self]), self.target.misfit: self.loss}
@@ -165,48 +169,6 @@ def beside(ours: Judged, references: Sequence[Judged]) -> dict[str, Any]:
     """The entry of `ours`, with its lead over each of `references` on the same items."""
     leads = [{"over": other.name} | type(ours).lead([ours], [other]) for other in references]
     return ours.entry() | {"leads": leads}
-
-
-def lead(correct: Correct, reference: Correct, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """How much more often one is right than the other, on the same items: the mean and its paired 95 % interval.
-
-    Both are (seeds, items). Items are drawn with replacement, the same for both; so are seeds where there are
-    several, in pairs. One seed's interval therefore covers the chance in the items alone.
-    """
-    difference = correct.astype(np.float64) - reference.astype(np.float64)
-    means = []
-    for seeds, items in _draws(difference.shape[0], difference.shape[1], resamples):
-        rows = difference if len(difference) == 1 else difference[seeds]
-        means.append(rows.mean(axis=0)[items].mean())
-    return _with_interval(float(difference.mean()), means)
-
-
-def merit_lead(target: Target, ours: Floats, theirs: Floats, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """The same of any target's merit, from both sides' `Target.sums` (seeds, items, k); the same draws."""
-
-    def differences(times: Floats) -> Floats:
-        return target.from_sums(times @ ours) - target.from_sums(times @ theirs)
-
-    count = ours.shape[1]
-    means = []
-    for seeds, items in _draws(ours.shape[0], count, resamples):
-        times = np.bincount(items.astype(np.int64), minlength=count).astype(np.float64)
-        means.append(differences(times)[seeds].mean())
-    return _with_interval(float(differences(np.ones(count)).mean()), means)
-
-
-def _draws(seeds: int, items: int, resamples: int) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.uint64]]]:
-    """Seeds and items drawn with replacement."""
-    # Raw bits of a fixed Philox stream: the same numbers under every version of NumPy.
-    stream = np.random.Philox(key=1)
-    for _ in range(resamples):
-        bits = stream.random_raw(seeds + items)
-        yield bits[:seeds] % np.uint64(seeds), bits[seeds:] % np.uint64(items)
-
-
-def _with_interval(difference: float, means: Sequence[float]) -> dict[str, Any]:
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {"difference": difference, "interval": [float(low), float(high)]}
 
 
 def _correct(seeds: Sequence[JudgedClasses]) -> Correct:

@@ -115,7 +115,7 @@ def _kinds(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         name, equals, kind = pair.partition("=")
         if not equals or name in kinds:
-            raise UserError(f"--task {pair} is no kind of a task; write NAME=KIND, such as words=tokens, once each")
+            raise UserError(f"--task {pair} is no kind of a task; write NAME=KIND, such as words=tokens, once for each")
         kinds[name] = kind
     return kinds
 
