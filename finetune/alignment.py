@@ -17,14 +17,23 @@ from finetune.samples import Ints, Samples
 from finetune.targets import Target
 from finetune.targets_dense import Segmentation
 
+NUMBERS = 2**25
+"""Probabilities of pixels that a batch holds at most."""
+
+
+def items_at_once(models: Sequence[TaskModel], most: int) -> int:
+    """Samples a batch, `most` or as many as have `NUMBERS` probabilities of pixels."""
+    targets = [model.target for model in models if isinstance(model.target, Segmentation)]
+    return min([most, *(max(1, NUMBERS // (target.size**2 * target.outputs)) for target in targets)])
+
 
 def mean_of(weights: Sequence[float], each: Iterable[Tensor]) -> Tensor:
-    """The weighted mean, float32, of several models' `Target.distribution`, which are taken one after the other."""
-    total: Tensor | None = None
+    """The mean, float32, of several models' `Target.distribution`, by weights that sum to 1; they are taken one after
+    the other."""
+    total: Tensor | float = 0.0
     for weight, said in zip(weights, each, strict=True):
-        part = weight * said.double()
-        total = part if total is None else total + part
-    assert total is not None
+        total = said if len(weights) == 1 else total + weight * said.double()
+    assert isinstance(total, Tensor)
     return total.float()
 
 

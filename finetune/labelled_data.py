@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from data.errors import UserError
-from finetune.alignment import aligned, mean_of, ordered
+from finetune.alignment import aligned, items_at_once, mean_of, ordered
 from finetune.compare import Judged
 from finetune.dense_samples import TagSamples
 from finetune.features import accelerator_for, extract
@@ -78,7 +78,8 @@ class LabelledData:
             yield Part(positions, common.truth(positions), (self._pooled(each.model, settings) for each in members))
             return
         theirs = [self.samples(member.model) for member in members]
-        for positions in common.parts(settings.inference_batch):
+        size = items_at_once([self.reader, *(member.model for member in members)], settings.inference_batch)
+        for positions in common.parts(size):
             each = (
                 aligned(member.model, samples, common, positions, accelerator)
                 for member, samples in zip(members, theirs, strict=True)

@@ -16,6 +16,7 @@ from data.canvas import decode
 from data.crops import upright_size
 from data.errors import UserError
 from data.images import UnreadableImage
+from finetune.alignment import items_at_once
 from finetune.dense_predictions import tagged, whole_mask
 from finetune.ensemble import Ensemble
 from finetune.features import accelerator_for
@@ -155,14 +156,22 @@ def _said(voices: Ensemble, items: list[Any], top: int, settings: Settings) -> I
         yield from tagged(voices, items, settings)
         return
     accelerator, models = accelerator_for(settings), [member.model for member in voices.members]
-    joint = voices.mean(model.say(_batch(model, items), accelerator) for model in models)
+    size = items_at_once(models, len(items))
+    for start in range(0, len(items), size):
+        here = items[start : start + size]
+        joint = voices.mean(model.say(_batch(model, here), accelerator) for model in models)
+        yield from _told(voices, here, joint, top)
+
+
+def _told(voices: Ensemble, items: list[Any], joint: torch.Tensor, top: int) -> Iterator[Said]:
+    """What is told of a distribution, item by item."""
     if isinstance(voices.target, Classification):
         yield from _likeliest(joint.numpy(), voices.classes, top)
         return
     decided = voices.target.decision(joint).cpu()
     found = voices.target.predictions(decided)
     if isinstance(voices.target, Segmentation):
-        yield from _with_masks(models[0], items, decided, found)
+        yield from _with_masks(voices.members[0].model, items, decided, found)
     else:
         yield from found
 

@@ -34,7 +34,7 @@ def _finetune(sub: argparse._SubParsersAction) -> None:
 
 def _evaluate(sub: argparse._SubParsersAction) -> None:
     parser = add_command(sub, "evaluate", evaluate, "judge a saved task model on labelled data")
-    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("model", type=Path, help="folder that finetune, ensemble, soup … --output made")
     parser.add_argument("test", help="labelled data")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, e.g. inference_batch=64")
     parser.add_argument("--calibrate", metavar="DATA", help="labelled data to fit the model's temperature on, first")
@@ -45,7 +45,7 @@ def _evaluate(sub: argparse._SubParsersAction) -> None:
 
 def _predict(sub: argparse._SubParsersAction) -> None:
     parser = add_command(sub, "predict", predict, "labels for new files from a saved task model")
-    parser.add_argument("model", type=Path, help="folder that finetune --output made")
+    parser.add_argument("model", type=Path, help="folder that finetune, ensemble, soup … --output made")
     help = "pictures, folders, shards, patterns; texts, text files, tables; or - for standard input"
     parser.add_argument("inputs", nargs="+", metavar="input", help=help)
     help = "write .csv, .tsv or .jsonl instead of printing; of a segmentation, a folder for its masks"
