@@ -94,8 +94,9 @@ def blend(first: TaskModel, other: TaskModel, share: float) -> TaskModel:
     # Adapters describe one training; averaged weights came of several.
     mixed.adapter = first.adapter if share == 0 else other.adapter if share == 1 else None
     _mix(mixed.encoder, other.encoder.state_dict(), share)
-    ordered = copy.deepcopy(head)
-    ordered.linear.weight.data, ordered.linear.bias.data = head.linear.weight.data[order], head.linear.bias.data[order]
+    ordered = copy.deepcopy(head).to(first.head.mean.device)
+    for parameter in (ordered.linear.weight, ordered.linear.bias):
+        parameter.data = parameter.data[order]
     if isinstance(first.target, Regression) and isinstance(other.target, Regression):
         theirs = other.target.select(order)
         mixed.target = theirs if share == 1 else first.target
@@ -177,8 +178,8 @@ def _write_in_units(head: LinearHead, target: Regression, wanted: Regression) ->
     """Let outputs that are standardised as `target` says be standardised as `wanted`, for the same quantities."""
     if (target.mean, target.scale) == (wanted.mean, wanted.scale):
         return
-    mean, scale = (torch.tensor(each, dtype=torch.float64) for each in (target.mean, target.scale))
-    to_mean, to_scale = (torch.tensor(each, dtype=torch.float64) for each in (wanted.mean, wanted.scale))
     weight, bias = head.linear.weight.data, head.linear.bias.data
+    mean, scale = (weight.new_tensor(each, dtype=torch.float64) for each in (target.mean, target.scale))
+    to_mean, to_scale = (weight.new_tensor(each, dtype=torch.float64) for each in (wanted.mean, wanted.scale))
     weight.copy_(weight.double() * (scale / to_scale)[:, None])
     bias.copy_((bias.double() * scale + mean - to_mean) / to_scale)
