@@ -27,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="classification", help="kind of labels")
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
     parser.add_argument("--seeds", type=int, default=1, help="repetitions with other draws of labels (default: 1)")
+    help = "the first of them; others draw other labels and orders, for members of a soup or an ensemble (default: 0)"
+    parser.add_argument("--seed", type=int, default=0, help=help)
     parser.add_argument("--output", type=Path, help="folder for results.json and the model")
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     parser.add_argument("--resume", choices=["auto", "never"], default="auto", help="whether to go on with OUTPUT.run")
@@ -59,7 +61,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
         task=arguments.task,
         strategy=arguments.strategy,
         labels_per_class=arguments.labels_per_class,
-        seeds=range(arguments.seeds),
+        seeds=range(arguments.seed, arguments.seed + arguments.seeds),
         output=arguments.output,
         overwrite=arguments.overwrite,
         resume=arguments.resume,

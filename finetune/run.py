@@ -44,7 +44,7 @@ def finetune(
         source: an export's folder, or an encoder already in memory (a control, for example).
         train: labelled data, see `load_task`; or a task already loaded, for several calls in a row.
         test: labelled data of the same classes; without it 20 % of the training data is held out.
-        strategy: `knn`, `linear`, `full` or `scratch`.
+        strategy: one of `finetune.settings.STRATEGIES`.
         labels_per_class: the label budget; a seed draws the same labels whatever the strategy, and the
             labels of a smaller budget are among those of a larger one. All labels without it.
         output: a folder for `results.json` and the model of the first seed; nothing is saved without it.

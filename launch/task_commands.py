@@ -71,7 +71,8 @@ def finetune(arguments: argparse.Namespace) -> int:
         return run(arguments)
     output = arguments.output
     words = [arguments.encoder, arguments.train, *arguments.settings, "--strategy", arguments.strategy]
-    words += ["--task", arguments.task, "--seeds", str(arguments.seeds), "--resume", arguments.resume]
+    words += ["--task", arguments.task, "--resume", arguments.resume]
+    words += ["--seeds", str(arguments.seeds), "--seed", str(arguments.seed)]
     for name, value in (("test", arguments.test), ("labels-per-class", arguments.labels_per_class), ("output", output)):
         words += [] if value is None else [f"--{name}", str(value)]
     words += [f"--{name}" for name in ("overwrite", "json") if getattr(arguments, name)]

@@ -1,11 +1,17 @@
 """Settings: as they come from a command line, and what a mistake is answered with."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from data.errors import UserError
 from finetune.__main__ import settings_of
 from finetune.settings import settings_from
 from finetune.strategies import strategy_from
+from launch.cli import main
+
+pytest_plugins = ["test_finetune_kit"]
 
 
 @pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
@@ -37,3 +43,16 @@ def test_regular_expressions_reach_their_setting_as_they_are(pattern: str) -> No
     if pattern == "[ab]*":  # valid YAML would have been a list
         assert settings_of([f"target_modules={pattern}"]) == {"target_modules": pattern}
     assert settings_from(settings_of([f"target_modules={pattern}"])).target_modules == pattern
+
+
+def test_seeds_of_a_command_line_begin_where_it_says(
+    export: Path, digit_shards: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", str(export), str(digit_shards[0]), "--test", str(digit_shards[1]), "--labels-per-class", "2"]
+    told = {}
+    for name, more in (("first", ["--seed", "3"]), ("two", ["--seed", "3", "--seeds", "2"]), ("other", [])):
+        assert main([*words, "--json", *more]) == 0
+        told[name] = json.loads(capsys.readouterr().out)
+    assert [told[name]["seeds"] for name in told] == [[3], [3, 4], [0]]
+    same = "accuracy", "seed"
+    assert [told["two"]["runs"][0][key] for key in same] == [told["first"]["runs"][0][key] for key in same]
