@@ -12,18 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from data.errors import UserError
 from data.files import write_atomically
+from finetune.compare import Judged, judge_model
 from finetune.encoder import load_encoder
-from finetune.evidence import interval, score
-from finetune.leads import lead
 from finetune.model import load_model
-from finetune.results import FORMAT, write_results
+from finetune.results import FORMAT, kind_of, write_results
 from finetune.run import finetune
 from finetune.settings import Settings, settings_from
 from finetune.strategies import strategy_from
+from finetune.targets import task_from
 from finetune.tasks import Report, Task, load_task, settle
 from pretrain.evaluate import evaluate
 from pretrain.export import read_about
@@ -64,6 +62,8 @@ class Plan:
     steps: int | None = None
     recipe: tuple[str, ...] = ()
     """Further `key.sub=value` overrides of the export's own recipe."""
+    task: str = "classification"
+    """Kind of labels, one of `finetune.targets.TASKS`."""
 
 
 def adapt(
@@ -83,8 +83,8 @@ def adapt(
         settings: of fine-tuning, see `finetune.settings.Settings`.
 
     Returns:
-        `adapted` and `plain` accuracy, `lead` with its paired interval over seeds and items, `pretraining` (held-out
-        losses of target and source before and after), what `results.json` holds.
+        `adapted` and `plain` accuracy (or the task's own merit), `lead` with its paired interval over seeds and
+        items, `pretraining` (held-out losses of target and source before and after), what `results.json` holds.
 
     Raises:
         UserError: data, recipe or settings that do not fit, or an `output` of another request.
@@ -96,25 +96,23 @@ def adapt(
         raise UserError("adaptation is compared over one seed or more")
     source = Path(export).expanduser()
     recipe = recipe_for(source, target, plan)
-    task = load_task(target.train, target.test, load_encoder(source, options.pooling))
+    task = load_task(target.train, target.test, load_encoder(source, options.pooling), task_from(plan.task))
     setup = prepare(recipe, folder)  # whatever does not fit is said before anything is written
     _begin(folder, _request(source, target, plan, options, task))
     before = _kept(folder / "before.json", lambda: evaluate(setup))
     adapted = pretrain(recipe, folder / "pretraining")
     moved = recipe.model_copy(update={"start": str(adapted)})
     after = _kept(folder / "after.json", lambda: evaluate(prepare(moved, folder)))
-    correct = {
+    judged = {
         name: _models(name, encoder, target, plan, settings, folder, report)
         for name, encoder in (("plain", source), ("adapted", adapted))
     }
     results: dict[str, Any] = {"format": FORMAT, "strategy": plan.strategy, "seeds": list(plan.seeds)}
-    for name, each in correct.items():
-        results[name] = {
-            "accuracy": float(each.mean()),
-            "interval": list(interval(each)),
-            "runs": [float(row.mean()) for row in each],
-        }
-    results["lead"] = lead(correct["adapted"], correct["plain"])
+    results |= kind_of(task.target)
+    kind = type(judged["plain"][0])
+    for name, each in judged.items():
+        results[name] = kind.summary(each) | {"runs": [one.merit for one in each]}
+    results["lead"] = kind.lead(judged["adapted"], judged["plain"])
     results["pretraining"] = {"recipe": recipe.model_dump(mode="json"), "before": before, "after": after}
     write_results(folder / "results.json", results)
     return results
@@ -151,22 +149,21 @@ def recipe_for(export: Path, target: Target, plan: Plan) -> Recipe:
 
 def _models(
     name: str, encoder: Path, target: Target, plan: Plan, settings: dict[str, Any], folder: Path, report: Report
-) -> np.ndarray:
-    """Whether each test item is right, bool (seeds, items), for models that are trained where they are not there."""
-    options, rows = settings_from(settings), []
+) -> list[Judged]:
+    """What the seeds' models say of the test items; they are trained where they are not there."""
+    options, found, kind = settings_from(settings), list[Judged](), task_from(plan.task)
     task: Task | None = None
     for seed in plan.seeds:
         place = folder / name / f"seed{seed}"
         if not (place / "results.json").is_file():
-            task = task or load_task(target.train, target.test, load_encoder(encoder, options.pooling))
+            task = task or load_task(target.train, target.test, load_encoder(encoder, options.pooling), kind)
             chosen: dict[str, Any] = {"strategy": plan.strategy, "labels_per_class": plan.labels_per_class}
             finetune(encoder, task, seeds=[seed], output=place, report=_behind(name, report), **chosen, **settings)
         model = load_model(place)
-        task = task or load_task(target.train, target.test, model.encoder)
+        task = task or load_task(target.train, target.test, model.encoder, kind)
         settle(task.test, report)
-        said = model.probabilities(task.test, options).numpy()
-        rows.append(score(said, task.test.labels).correct)
-    return np.stack(rows)
+        found.append(judge_model(name, model, task.test, options))
+    return found
 
 
 def _behind(name: str, report: Report) -> Report:
@@ -188,10 +185,16 @@ def _request(source: Path, target: Target, plan: Plan, settings: Settings, task:
     return {
         "export": files,
         "target": asdict(target),
-        "plan": asdict(plan) | {"recipe": list(plan.recipe)},
+        "plan": _kept_plan(plan),
         "data": task.fingerprints,
         "settings": settings.model_dump(mode="json"),
     }
+
+
+def _kept_plan(plan: Plan) -> dict[str, Any]:
+    """As it was kept before there were other tasks, where it is a classification."""
+    kept = asdict(plan) | {"recipe": list(plan.recipe)}
+    return {name: kept[name] for name in kept if name != "task" or plan.task != "classification"}
 
 
 def _begin(folder: Path, request: dict[str, Any]) -> None:

@@ -14,9 +14,12 @@ from numpy.typing import NDArray
 
 from finetune.calibration import expected_calibration_error, log_losses
 from finetune.evidence import Score, interval, score
-from finetune.judge import Judgement, sums_intervals
+from finetune.features import accelerator_for
+from finetune.judge import Judgement, judge, sums_intervals
 from finetune.leads import Correct, lead, merit_lead
-from finetune.samples import Ints
+from finetune.model import TaskModel
+from finetune.samples import Ints, Samples
+from finetune.settings import Settings
 from finetune.targets import Floats, Target
 from finetune.targets_class import Classification
 
@@ -163,6 +166,13 @@ def judged(name: str, judgement: Judgement) -> Judged:
         probabilities, labels = (torch.stack(each).numpy() for each in (judgement.decided, judgement.truth))
         return JudgedClasses(name, probabilities, labels)
     return JudgedTarget.of(name, judgement)
+
+
+def judge_model(name: str, model: TaskModel, test: Samples, settings: Settings) -> Judged:
+    """What a model says about labelled samples of its own target."""
+    if isinstance(model.target, Classification):
+        return JudgedClasses(name, model.probabilities(test, settings).numpy(), test.labels)
+    return judged(name, judge(model.encoder, model.head, test, settings, accelerator_for(settings)))
 
 
 def beside(ours: Judged, references: Sequence[Judged]) -> dict[str, Any]:

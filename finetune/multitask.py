@@ -8,19 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from data.errors import UserError
-from finetune.compare import Judged, JudgedClasses, judged
+from finetune.compare import Judged, judge_model
 from finetune.encoder import Encoder, load_encoder
 from finetune.features import accelerator_for
 from finetune.joint_training import JointTraining, copy_of
-from finetune.judge import judge
 from finetune.mixed_loader import sampling_shares
 from finetune.model import TaskModel
 from finetune.rates import learning_rates
 from finetune.results import FORMAT, describe_data, describe_encoder, describe_task, kind_of, write_results
-from finetune.samples import Samples
 from finetune.saving import written
 from finetune.settings import Settings, settings_from
 from finetune.splits import subset
@@ -87,7 +83,7 @@ def multitask(
                 single = Training(start, samples[name], task.target.outputs, seed, options, accelerator).fit(rates)
                 alone = TaskModel(single[0], single[1], task.classes, target=task.target)
                 for how, each in (("joint", model), ("alone", alone)):
-                    said = _judge(how, each, task.test, options, accelerator)
+                    said = judge_model(how, each, task.test, options)
                     found[name][how].append(said)
                     report(f"{name}, {how}, seed {seed}: {_told(task, said.merit)}")
                 if folder is not None and seed == seeds[0]:
@@ -100,12 +96,6 @@ def multitask(
         if folder is not None:
             write_results(folder.hidden / "results.json", results)
     return results
-
-
-def _judge(name: str, model: TaskModel, test: Samples, settings: Settings, accelerator: Accelerator) -> Judged:
-    if isinstance(model.target, Classification):
-        return JudgedClasses(name, model.probabilities(test, settings).numpy(), test.labels)
-    return judged(name, judge(model.encoder, model.head, test, settings, accelerator))
 
 
 def _told(task: Task, merit: float) -> str:

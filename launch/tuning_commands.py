@@ -55,6 +55,9 @@ def _adapt(sub: argparse._SubParsersAction) -> None:
     parser.add_argument("--test", help="labelled data to judge on (default: 20 %% of TRAIN is held out)")
     parser.add_argument("--source", metavar="SHARDS", help="held-out shards like those before: what is forgotten")
     parser.add_argument("--strategy", default="full", help="of fine-tuning (default: full)")
+    parser.add_argument(
+        "--task", default="classification", help="kind of labels, as `finetune` has it (classification)"
+    )
     parser.add_argument("--labels-per-class", type=int, metavar="N", help="label budget (default: all labels)")
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of fine-tuning (default: 3)")
     parser.add_argument("--lr-share", type=float, default=0.5, help="of the first pre-training's peak rate (0.5)")
@@ -136,6 +139,7 @@ def adapt(arguments: argparse.Namespace) -> int:
         arguments.lr_share,
         arguments.steps,
         dotted,
+        arguments.task,
     )
     plain = settings_of([pair for pair in arguments.settings if pair not in dotted])
     try:
@@ -147,14 +151,17 @@ def adapt(arguments: argparse.Namespace) -> int:
 
 
 def _adapted(results: dict[str, Any], output: Path) -> str:
-    from finetune.compare_text import percent
+    from finetune.compare_text import difference, value
 
-    lines = []
+    merit, lines = results.get("merit", "accuracy"), []
     for name, words in (("plain", "as it was"), ("adapted", "adapted")):
-        low, high = (100 * bound for bound in results[name]["interval"])
-        lines.append(f"{words:<10} accuracy {100 * results[name]['accuracy']:.1f} % ({low:.1f} to {high:.1f})")
-    lead = results["lead"]
-    lines.append(f"adaptation gave {100 * lead['difference']:+.1f} points ({percent(lead['interval'])}), paired")
+        low, high = results[name]["interval"]
+        if merit == "accuracy":
+            shown = f"accuracy {value(merit, results[name][merit])} ({100 * low:.1f} to {100 * high:.1f})"
+        else:
+            shown = f"{value(merit, results[name][merit])} ({low:.3f} to {high:.3f})"
+        lines.append(f"{words:<10} {shown}")
+    lines.append(f"adaptation gave {difference(merit, results['lead'])}")
     before, after = results["pretraining"]["before"], results["pretraining"]["after"]
     for name, words in (("validation_loss", "held-out loss of the domain"), ("source_loss", "of the source")):
         if name in before:

@@ -7,6 +7,7 @@ import pytest
 from pretrain_kit import recipe
 from test_finetune_kit import sentences as labelled
 from test_finetune_kit import write_tsv
+from test_finetune_targets import quantities
 
 from data.errors import UserError
 from finetune import adapt as room
@@ -81,6 +82,18 @@ def test_text_goes_on_with_its_own_objective(sentences: Path, tmp_path: Path) ->
     losses = [line["source_loss"] for line in read_metrics(tmp_path / "out/pretraining") if "source_loss" in line]
     assert losses[-1] == pytest.approx(results["pretraining"]["after"]["source_loss"], abs=1e-5)
     assert json.loads((tmp_path / "out/results.json").read_text()) == results
+
+
+def test_other_kinds_of_labels_are_compared_by_their_own_merit(source: Path, digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "ink").mkdir()
+    data = [str(path) for path in quantities(tmp_path / "ink")]
+    plan = Plan("linear", steps=2, seeds=(0, 1), task="regression")
+    found = adapt(source, Target(str(digits / "train"), *data), plan, tmp_path / "out", report=_silent, cpu=True)
+    assert found["merit"] == "r2"
+    alone = finetune(source, *data, task="regression", strategy="linear", seeds=(0, 1), report=_silent, cpu=True)
+    assert found["plain"]["r2"] == pytest.approx(alone["r2"])
+    assert found["plain"]["interval"] == pytest.approx(alone["interval"])
+    assert found["lead"]["difference"] == pytest.approx(found["adapted"]["r2"] - found["plain"]["r2"])
 
 
 @pytest.mark.slow
