@@ -16,6 +16,7 @@ from data.errors import UserError
 from data.files import write_atomically
 from finetune.compare import Judged, judge_model
 from finetune.encoder import load_encoder
+from finetune.features import settled
 from finetune.model import load_model
 from finetune.results import FORMAT, kind_of, write_results
 from finetune.run import finetune
@@ -90,7 +91,7 @@ def adapt(
         UserError: data, recipe or settings that do not fit, or an `output` of another request.
         Preempted: it was told to stop; what was done is saved.
     """
-    options, folder = settings_from(settings), Path(output).expanduser()
+    options, folder = settled(settings_from(settings)), Path(output).expanduser()
     strategy_from(plan.strategy)
     if not plan.seeds:
         raise UserError("adaptation is compared over one seed or more")

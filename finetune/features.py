@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
@@ -11,16 +11,25 @@ from data.errors import UserError
 from finetune.encoder import Encoder
 from finetune.samples import Samples
 from finetune.settings import Settings
+from pretrain.precision import best
 
 
 def accelerator_for(settings: Settings) -> Accelerator:
     """Device, precision and processes, as Accelerate's launcher has set them; `UserError` for an unfit precision."""
     # Buffers are equal on all ranks by construction; sending them at every step would only cost time.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = settled(settings).precision
     try:
-        return Accelerator(cpu=settings.cpu, mixed_precision=settings.precision, kwargs_handlers=[handler])
+        return Accelerator(cpu=settings.cpu, mixed_precision=precision, kwargs_handlers=[handler])
     except ValueError as error:
-        raise UserError(f"precision {settings.precision!r} is not possible here: {error}") from None
+        raise UserError(f"precision {precision!r} is not possible here: {error}") from None
+
+
+def settled(settings: Settings) -> Settings:
+    """The same with what `precision=auto` stands for on this machine's device."""
+    if settings.precision != "auto":
+        return settings
+    return settings.model_copy(update={"precision": best(PartialState(cpu=settings.cpu).device)})
 
 
 @torch.no_grad()

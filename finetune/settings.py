@@ -24,8 +24,8 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    precision: Annotated[Literal["no", "bf16", "fp16"] | None, BeforeValidator(spelled)] = None
-    """Arithmetic of the encoder; weights and head stay in float32.
+    precision: Annotated[Literal["no", "bf16", "fp16", "auto"] | None, BeforeValidator(spelled)] = None
+    """Arithmetic of the encoder; weights and head stay in float32. `auto`: bf16 where the device multiplies that.
     Where not given, `no` (float32), or what Accelerate's environment or this process has set already."""
     cpu: bool = False
     """Stay on the CPU where an accelerator is at hand."""

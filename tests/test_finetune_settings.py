@@ -4,20 +4,30 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.errors import UserError
 from finetune.__main__ import settings_of
-from finetune.settings import settings_from
+from finetune.features import settled
+from finetune.settings import Settings, settings_from
 from finetune.strategies import strategy_from
 from launch.cli import main
+from pretrain.precision import best
 
 pytest_plugins = ["test_finetune_kit"]
 
 
-@pytest.mark.parametrize("word", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("word", ["no", "bf16", "fp16", "auto"])
 def test_every_precision_can_be_written_on_a_command_line(word: str) -> None:
     # YAML 1.1 reads `no` as False.
     assert settings_from(settings_of([f"precision={word}"])).precision == word
+
+
+def test_auto_is_what_pre_training_would_take() -> None:
+    chosen = best(torch.device("cpu"))
+    assert settled(Settings(precision="auto", cpu=True)).precision == chosen
+    assert settled(Settings(precision="fp16", cpu=True)).precision == "fp16"
+    assert settled(Settings(cpu=True)).precision is None
 
 
 def test_a_precision_that_is_none_is_refused() -> None:

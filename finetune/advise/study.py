@@ -23,6 +23,7 @@ from finetune.advise.progress import Plan, run_cells
 from finetune.advise.runner import Runner, Subject
 from finetune.advise.similarity import similarity
 from finetune.encoder import Encoder, load_encoder
+from finetune.features import settled
 from finetune.results import describe_encoder, describe_task
 from finetune.settings import STRATEGIES, Settings, settings_from
 from finetune.strategies import FROZEN
@@ -86,7 +87,7 @@ def advise(
         UserError: anything the caller can put right.
     """
     choices, started = choices or Choices(), time.monotonic()
-    settings, folder = settings_from({"trial_share": TRIAL_SHARE} | choices.settings), Path(output)
+    settings, folder = settled(settings_from({"trial_share": TRIAL_SHARE} | choices.settings)), Path(output)
     _check(choices)
     clock = Clock(60 * choices.minutes - min(MOST_RESERVE, RESERVE * 60 * choices.minutes))
     names = _strategies(choices.strategies)
