@@ -1,7 +1,9 @@
 """Settings: as they come from a command line, and what a mistake is answered with."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from data.errors import UserError
 from finetune.__main__ import settings_of
 from finetune.features import settled
+from finetune.rates import ADAPTERS, FIXED, FIXED_ADAPTERS, SHARES, learning_rates
 from finetune.settings import Settings, settings_from
 from finetune.strategies import strategy_from
 from launch.cli import main
@@ -66,3 +69,19 @@ def test_seeds_of_a_command_line_begin_where_it_says(
     assert [told[name]["seeds"] for name in told] == [[3], [3, 4], [0]]
     same = "accuracy", "seed"
     assert [told["two"]["runs"][0][key] for key in same] == [told["first"]["runs"][0][key] for key in same]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "trained", "adapters"),
+    [
+        ({"name": "adamw", "lr": 1e-3}, [1e-3 * share for share in SHARES], [1e-3 * share for share in ADAPTERS]),
+        ({"name": "muon", "lr": 4e-3}, [4e-3 * share for share in SHARES], [4e-3 * share for share in SHARES]),
+        ({"name": "lars", "lr": 0.3}, FIXED, FIXED_ADAPTERS),
+    ],
+)
+def test_rates_follow_from_the_pre_training(
+    optimizer: dict[str, Any], trained: Sequence[float], adapters: Sequence[float]
+) -> None:
+    info = {"recipe": {"optimizer": optimizer, "train": {"batch_size": 32}}}
+    assert learning_rates(info) == pytest.approx(tuple(trained))
+    assert learning_rates(info, ADAPTERS, FIXED_ADAPTERS) == pytest.approx(tuple(adapters))
