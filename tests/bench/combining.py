@@ -91,10 +91,13 @@ class Bench:
         return out
 
     def tokens(self, name: str) -> Path:
-        """Shards of `general` or `reviews`, both in general's tokens."""
+        """Shards of `general` or `reviews`, both in the given export's tokens, or else in general's."""
         out = self.work / "shards" / name
         if not out.exists():
-            with_tokens = {"tokenizer": self.tokens("general")} if name != "general" else {"vocab_size": 4096}
+            given = self.options.text_export
+            with_tokens: dict[str, Any] = {"tokenizer": given} if given else {"vocab_size": 4096}
+            if name != "general":
+                with_tokens = {"tokenizer": self.tokens("general")}
             shard_text([self.text / name], out, progress=False, validation=0.02, **with_tokens)
         return out
 
