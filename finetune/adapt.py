@@ -96,7 +96,7 @@ def adapt(
     if not plan.seeds:
         raise UserError("adaptation is compared over one seed or more")
     source = Path(export).expanduser()
-    recipe = recipe_for(source, target, plan)
+    recipe = recipe_for(source, target, plan, options.precision)
     task = load_task(target.train, target.test, load_encoder(source, options.pooling), task_from(plan.task))
     setup = prepare(recipe, folder)  # whatever does not fit is said before anything is written
     _begin(folder, _request(source, target, plan, options, task))
@@ -119,11 +119,11 @@ def adapt(
     return results
 
 
-def recipe_for(export: Path, target: Target, plan: Plan) -> Recipe:
+def recipe_for(export: Path, target: Target, plan: Plan, precision: str | None = None) -> Recipe:
     """The export's own recipe, to go on with: its objective and encoder, lower peak rate, fewer steps.
 
     Held-out data of the target are what its shards bring, or the recipe's share of them; `watched.source` is the
-    source's. Warm-ups of batch and context are over.
+    source's. Warm-ups of batch and context are over. Where fine-tuning has a `precision`, all is done in that.
 
     Raises:
         UserError: no export of ours, or overrides that make no recipe.
@@ -143,6 +143,8 @@ def recipe_for(export: Path, target: Target, plan: Plan) -> Recipe:
     tree["optimizer"]["lr"] *= plan.lr_share
     steps = plan.steps if plan.steps is not None else max(1, round(STEPS_SHARE * about["step"]))
     tree["train"] |= {"steps": steps, "epochs": None, "batch_warmup": None, "context_warmup": None}
+    if precision is not None:
+        tree["train"]["precision"] = precision
     tree["watch"] |= {"checkpoint_every": max(1, min(tree["watch"]["checkpoint_every"], steps // 4))}
     tree["watch"] |= {"evaluate_every": max(1, steps // 4)}
     return override_recipe(tree, list(plan.recipe), f"the recipe in {export}")

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, broadcast_object_list
 from torch import nn
 from torch.optim import Optimizer
@@ -66,6 +67,12 @@ def make_accelerator(recipe: Recipe, folder: Path) -> Accelerator:
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     # Buffers are equal on all ranks by construction; sending them at every step would only cost time.
     handler = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    used = AcceleratorState().mixed_precision if is_initialized() else recipe.train.precision
+    if used != recipe.train.precision:
+        raise UserError(
+            f"this process computes with precision={used} already, and the recipe with train.precision="
+            f"{recipe.train.precision}; give both the same one, or start another process"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`log_with=.*` was passed but no supported trackers")

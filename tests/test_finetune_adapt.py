@@ -106,6 +106,14 @@ def test_before_is_the_export_itself(source: Path, digits: Path, tmp_path: Path)
     assert abs(results["lead"]["difference"]) < 0.01
 
 
+def test_all_is_done_in_the_precision_of_fine_tuning(source: Path, digits: Path) -> None:
+    target = Target(str(digits / "train"), str(digits / "train"))
+    own = read_about(source)["recipe"]["train"]["precision"]
+    assert recipe_for(source, target, Plan()).train.precision == own
+    assert recipe_for(source, target, Plan(), "bf16").train.precision == "bf16"
+    assert recipe_for(source, target, Plan(recipe=("train.precision=no",)), "bf16").train.precision == "no"
+
+
 def test_what_does_not_fit_is_said_before_anything_is_written(
     source: Path, digits: Path, sentences: Path, tmp_path: Path
 ) -> None:
@@ -121,4 +129,6 @@ def test_what_does_not_fit_is_said_before_anything_is_written(
         adapt(source, good, Plan("fulll"), out, report=_silent)
     with pytest.raises(UserError, match="no headwater export"):
         recipe_for(tmp_path, good, Plan())
+    with pytest.raises(UserError, match="computes with precision=no already"):
+        adapt(source, good, Plan(recipe=("train.precision=bf16",)), out, report=_silent, precision="no")
     assert not out.exists()
