@@ -1,4 +1,4 @@
-"""Several short texts in one row of the network's batch, so that it computes little padding."""
+"""Several short texts in one row of the network's batch, so that it computes little padding or none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from torch import Tensor
 
 _WORTH = 0.9
 """Texts are packed where that leaves at most this share of the rows: unpacking has its price too."""
+
+
+_ALIKE = 2
+"""All texts are joined where on average this many have the same length, which attention then sees as one batch."""
 
 
 class Packed(NamedTuple):
@@ -31,12 +35,19 @@ class Packed(NamedTuple):
 def pack(tokens: Tensor, documents: Tensor, pad: int) -> Packed | None:
     """Rows of one text each, padded on the right (`documents` is 0 on its tokens), in as few rows as are easily found.
 
-    First fit, the longest first (Johnson 1974): at most 11/9 of the fewest rows, and one. None where little is saved.
+    All in one row without padding, from short to long, where many are of the same length. Else first fit, the longest
+    first (Johnson 1974): at most 11/9 of the fewest rows, and one; None where little is saved.
     """
     real = documents == 0
     lengths = real.sum(dim=1)
     b, n = tokens.shape
-    if int(lengths.sum()) > _WORTH * b * n:
+    total = int(lengths.sum())
+    if total < b * n and _ALIKE * len(lengths.unique()) <= b:
+        order = lengths.argsort(stable=True)
+        starts = torch.empty_like(lengths)
+        starts[order] = lengths[order].cumsum(0) - lengths[order]
+        return _placed(tokens, real, starts, total, pad, rows=1)
+    if total > _WORTH * b * n:
         return None
     room: list[int] = []
     starts = torch.empty(b, dtype=torch.int64)
@@ -48,10 +59,16 @@ def pack(tokens: Tensor, documents: Tensor, pad: int) -> Packed | None:
         room[row] -= length
     if len(room) > _WORTH * b:
         return None
+    return _placed(tokens, real, starts, len(room) * n, pad, rows=len(room))
+
+
+def _placed(tokens: Tensor, real: Tensor, starts: Tensor, total: int, pad: int, rows: int) -> Packed:
+    """The `real` tokens (b, n), each row's from its start (b,) on, in `rows` rows of together `total` tokens."""
+    b, n = tokens.shape
     places = torch.where(real, starts[:, None] + torch.arange(n), 0)
     taken = places[real]
-    packed = torch.full((len(room) * n,), pad)
+    packed = torch.full((total,), pad)
     owners = torch.full_like(packed, b)
     packed[taken] = tokens[real]
     owners[taken] = torch.arange(b)[:, None].expand(b, n)[real]
-    return Packed(packed.view(-1, n), owners.view(-1, n), places)
+    return Packed(packed.view(rows, -1), owners.view(rows, -1), places)

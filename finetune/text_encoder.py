@@ -130,7 +130,8 @@ class DocumentEncoder(Encoder):
         packed = pack(tokens, documents, self.pad) if packs else None
         if packed is not None:
             return packed.unpack(self.model(packed.tokens, packed.documents, causal=self.loaded.causal))
-        hidden: Tensor = self.model(tokens, documents, causal=self.loaded.causal)
+        full = packs and not documents.any()  # then there is nothing to hide
+        hidden: Tensor = self.model(tokens, None if full else documents, causal=self.loaded.causal)
         return hidden
 
     def pool(self, *inputs: Tensor) -> Tensor:

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pretrain.encoders.attention import Banded, Dense, Rows, Split, Varlen, banded, dense, run_lengths, sight, varlen
+from pretrain.encoders.attention import (
+    Banded,
+    Dense,
+    Grouped,
+    Rows,
+    Split,
+    Varlen,
+    banded,
+    dense,
+    grouped,
+    run_lengths,
+    sight,
+    varlen,
+)
 
 B, N, H, D = 2, 50, 3, 8
 DOCUMENTS = torch.tensor([[0] * 17 + [1] * 1 + [2] * 32, [4] * 50])
@@ -44,7 +57,8 @@ def test_every_kernel_is_the_formula(documents: bool, causal: bool, reach: int |
     expected = reference(chosen, *ours)
     slope = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     wanted = torch.autograd.grad(expected, ours, slope)
-    kernels = [dense(chosen), sight(chosen)]
+    groups = [(17, 1), (1, 1), (32, 1), (50, 1)] if documents else [(50, 2)]
+    kernels = [dense(chosen), sight(chosen), grouped(chosen, groups)]
     kernels += [banded(chosen)] if reach else [Split(run_lengths(DOCUMENTS if documents else DOCUMENTS * 0), causal)]
     for kernel in kernels:
         found = kernel(*ours)
@@ -63,12 +77,21 @@ def test_bfloat16_stays_near(reach: int | None) -> None:
 
 
 def test_the_kernel_follows_the_documents() -> None:
-    short = torch.arange(400).div(100, rounding_mode="floor").expand(2, -1)
+    short = torch.repeat_interleave(torch.arange(4), torch.tensor([90, 110, 95, 105])).expand(2, -1)
+    alike = torch.arange(400).div(100, rounding_mode="floor").expand(2, -1)
     cpu = torch.device("cpu")
+    for reach in (None, 16, 64):
+        chosen = sight(Rows(2, 400, alike, True, reach, torch.float32, cpu))
+        assert isinstance(chosen, Grouped)
+        [(length, count, attend)] = chosen.groups
+        assert (length, count) == (100, 8)
+        assert isinstance(attend, Banded if reach == 16 else Dense)
     assert isinstance(sight(Rows(2, 400, short, True, None, torch.float32, cpu)), Split)
     assert isinstance(sight(Rows(2, 400, short, True, 64, torch.float32, cpu)), Banded)
     assert isinstance(sight(Rows(2, 400, short * 0, True, None, torch.float32, cpu)), Dense)
-    assert isinstance(sight(Rows(2, 400, torch.arange(400).expand(2, -1), True, None, torch.float32, cpu)), Dense)
+    pairs = torch.arange(400).div(2, rounding_mode="floor")
+    mixed = torch.where(torch.arange(400) % 6 == 0, 400 + torch.arange(400), pairs).expand(2, -1)
+    assert isinstance(sight(Rows(2, 400, mixed, True, None, torch.float32, cpu)), Dense), "too many, too short"
     assert sight(Rows(2, 400, None, True, None, torch.float32, cpu)) == Dense(None, True)
 
 

@@ -51,16 +51,28 @@ def test_every_token_has_its_place_and_no_text_a_neighbour_of_its_number() -> No
 def test_rows_that_are_full_stay_as_they_are() -> None:
     tokens = torch.ones(4, 8, dtype=torch.int64)
     assert pack(tokens, torch.zeros_like(tokens), pad=0) is None
-    half = (torch.arange(8) >= 5).long().expand(4, 8)  # nothing fits beside five of eight
-    assert pack(tokens, half, pad=0) is None
+    more = (torch.arange(8) >= torch.tensor([5, 6, 7, 8])[:, None]).long()  # nothing fits beside five of eight
+    assert pack(tokens, more, pad=0) is None
 
 
+def test_texts_of_few_lengths_are_joined_without_padding() -> None:
+    lengths = torch.tensor([5, 3, 5, 3, 5, 5])
+    real = torch.arange(8) < lengths[:, None]
+    tokens = torch.arange(48).view(6, 8)
+    packed = pack(tokens, (~real).long(), pad=0)
+    assert packed is not None
+    assert packed.tokens.shape == (1, 26)
+    assert packed.documents.tolist() == [[1] * 3 + [3] * 3 + [0] * 5 + [2] * 5 + [4] * 5 + [5] * 5]
+    assert torch.equal(packed.unpack(packed.tokens[..., None])[..., 0][real], tokens[real])
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (20, 9, 20, 9, 20, 9, 20, 9, 9)])
 @pytest.mark.parametrize(("causal", "pooling"), [(False, "mean"), (True, "mean"), (True, "last")])
 def test_texts_in_shared_rows_get_the_features_and_the_gradient_that_they_get_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, causal: bool, pooling: str
+    tmp_path: Path, causal: bool, pooling: str, lengths: tuple[int, ...]
 ) -> None:
     encoder, seen = _encoder(tmp_path / "export", causal, pooling), []
-    rows = _rows(encoder, LENGTHS)
+    rows = _rows(encoder, lengths)
     weights = torch.randn(len(rows), encoder.features, generator=torch.Generator().manual_seed(1))
     encoder.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     together = _pooled(encoder, rows)

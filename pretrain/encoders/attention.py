@@ -5,6 +5,7 @@ documents, and attends for every layer. Which one is made depends on the device 
 and changes nothing but speed:
 
 - `Varlen` on CUDA in half precision: flash attention over the documents themselves, windows included.
+- `Grouped` on a CPU where most documents have neighbours of their own length: such neighbours as rows of their own.
 - `Split` on a CPU where documents are much shorter than rows: one document after the other.
 - `Banded` on a CPU in layers with a window much shorter than the row: blocks of queries against neighbouring blocks.
 - `Dense` everywhere else: scaled dot products, with one mask for all layers of a kind.
@@ -13,6 +14,7 @@ and changes nothing but speed:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,6 +28,10 @@ _SPLIT_GAIN = 0.6
 """`Split` is chosen where it computes at most this share of the scores that `Dense` does …"""
 _SPLIT_LENGTH = 48
 """… and documents are this long on average: each costs a few calls of its own."""
+
+
+_GROUP = 2
+"""`Grouped` is chosen where neighbours of one length are at least this many on average."""
 
 
 class Rows(NamedTuple):
@@ -57,14 +63,15 @@ def sight(rows: Rows) -> Sight:
         # On another device such a step is only counted: as much memory, and the scores of whole rows.
         return varlen(rows) if rows.device.type == "cuda" else Dense(None, rows.causal)
     if kind == "cpu" and not torch.compiler.is_compiling():
+        lengths = [] if rows.documents is None else run_lengths(rows.documents)
+        worth = bool(lengths) and sum(length**2 for length in lengths) <= _SPLIT_GAIN * rows.batch * rows.length**2
+        groups = [(length, len(list(same))) for length, same in groupby(lengths)] if worth else []
+        if worth and _GROUP * len(groups) <= len(lengths):
+            return grouped(rows, groups)
         if rows.reach is not None and 4 * rows.reach < rows.length:
             return banded(rows)
-        if rows.reach is None and rows.documents is not None:
-            lengths = run_lengths(rows.documents)
-            scores = sum(length**2 for length in lengths)
-            worth = scores <= _SPLIT_GAIN * rows.batch * rows.length**2
-            if worth and len(lengths) * _SPLIT_LENGTH <= rows.batch * rows.length:
-                return Split(lengths, rows.causal)
+        if worth and rows.reach is None and len(lengths) * _SPLIT_LENGTH <= rows.batch * rows.length:
+            return Split(lengths, rows.causal)
     return dense(rows)
 
 
@@ -161,6 +168,29 @@ class Split:
             for length, q, k, v in zip(self.lengths, *parts, strict=True)
         ]
         return rearrange(torch.cat(out, dim=1), "h (b n) d -> b n h d", b=b)
+
+
+@dataclass
+class Grouped:
+    """Neighbouring documents of one length as a batch of rows: no score between two is computed, nothing is masked."""
+
+    groups: list[tuple[int, int, Sight]]
+    """Length, number of documents, and how these rows attend."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        sizes = [length * count for length, count, _ in self.groups]
+        parts = [x.flatten(0, 1).split(sizes) for x in (q, k, v)]
+        out = [
+            attend(*(x.unflatten(0, (count, length)) for x in group)).flatten(0, 1)
+            for (length, count, attend), *group in zip(self.groups, *parts, strict=True)
+        ]
+        return torch.cat(out).view(q.shape)
+
+
+def grouped(rows: Rows, groups: list[tuple[int, int]]) -> Grouped:
+    """From the length and the number of the documents of each group, in order."""
+    alone = [rows._replace(batch=count, length=length, documents=None) for length, count in groups]
+    return Grouped([(*group, sight(each)) for group, each in zip(groups, alone, strict=True)])
 
 
 @dataclass

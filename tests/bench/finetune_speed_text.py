@@ -7,7 +7,8 @@
   `Trainer`, dynamic padding by `DataCollatorWithPadding`; nothing is evaluated, saved or reported. The hidden layer of
   its prediction head is left out, so that both sides train encoder and linear classifier alone.
 
-On a CPU ours lets short texts share rows (`finetune/packing.py`), where the others pad each to the batch's longest.
+On a CPU ours lets short texts share rows, and joins those of a batch from short to long without any padding
+(`finetune/packing.py`), where the others pad each to the batch's longest.
 """
 
 from __future__ import annotations
