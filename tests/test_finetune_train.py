@@ -203,3 +203,31 @@ def test_trials_take_a_share_of_the_steps() -> None:
     settings = Settings(min_steps=100, epochs=4.0, batch_size=10, trial_share=0.25)
     assert (steps_for(20, settings.trial), steps_for(20, settings)) == (25, 100)
     assert (steps_for(1000, settings.trial), steps_for(1000, settings)) == (100, 400)
+
+
+@pytest.mark.parametrize(("steps", "looked_at"), [(8, 256), (400, 320), (4000, 600)])
+def test_the_head_s_input_is_standardised_over_a_share_of_what_training_sees(
+    export: Path, digit_shards: tuple[Path, Path], steps: int, looked_at: int
+) -> None:
+    encoder = load_encoder(export)
+    samples = load_task(*digit_shards, encoder).train.select(np.arange(600))
+    settings = Settings(cpu=True, min_steps=steps, epochs=1e-6, batch_size=16)
+    features, shown = torch.randn(2000, encoder.features), []
+
+    def known(part: Samples) -> torch.Tensor:
+        shown.append(part.ids)
+        return features[torch.from_numpy(part.ids)]
+
+    heads = [
+        Training(lambda: encoder, samples, 10, seed, settings, accelerator_for(settings), known=known).first_head(
+            encoder, samples
+        )
+        for seed in (0, 0, 1)
+    ]
+    assert [len(set(each)) for each in shown] == [looked_at] * 3
+    assert set(shown[0]) <= set(samples.ids)
+    assert np.array_equal(shown[0], shown[1])
+    assert np.array_equal(shown[0], shown[2]) == (looked_at == 600)
+    rows = features[torch.from_numpy(shown[0])]
+    torch.testing.assert_close(heads[1].mean, rows.mean(dim=0))
+    torch.testing.assert_close(heads[1].scale, 1 / rows.std(dim=0, correction=0))

@@ -9,10 +9,10 @@ causal one) and `TSV` labelled texts. On each side the same network, samples, ba
 - **text** against a plain loop over transformers' model, and its Trainer: see `finetune_speed_text.py`.
 
 *A further step* of fine-tuning is timed as the difference between a fit and one of twice as many steps, so that what
-happens once is left out: ours decodes all pictures into memory, or tokenises, and standardises the head's input;
-the others open the folder, or tokenise, and build their loader. *A whole fit* is the longer of the two with all of
-that, from data on disk. Rounds alternate which side goes first; a ratio is the median of the rounds' ratios, of wall
-time and, in brackets, of the process's CPU time, which a busy machine disturbs less.
+happens once is left out: ours decodes all pictures into memory, or tokenises, and standardises the head's input over a
+few hundred samples; the others open the folder, or tokenise, and build their loader. *A whole fit* is the longer of the
+two with all of that, from data on disk. Rounds alternate which side goes first; a ratio is the median of the rounds'
+ratios, of wall time and, in brackets, of the process's CPU time, which a busy machine disturbs less.
 """
 
 from __future__ import annotations
