@@ -79,9 +79,6 @@ class TrainConfig(BaseModel):
     for about a third more arithmetic; cannot change what is trained."""
     compile: bool = False
     """torch.compile the objective."""
-    compile_views: bool | None = None
-    """torch.compile what makes views on a CPU, which takes ten seconds or more for each size of view and a C++
-    compiler; null for where that pays: runs over billions of pixels. Changes no bit of a view."""
     deterministic: bool = False
     """Ask torch for deterministic kernels (a CPU run is exact without it)."""
     skips: int = Field(default=20, ge=0)
@@ -92,6 +89,14 @@ class TrainConfig(BaseModel):
     """Robust z-score above the recent losses from which a step is bad; 8 is cautious. Without it none is."""
     spike_window: int = Field(default=128, ge=8)
     """Losses that a spike is compared with."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_runs(cls, values: Any) -> Any:
+        """Recipes in the folders of older runs say whether views are compiled; now they always are."""
+        if isinstance(values, dict):
+            values = {name: value for name, value in values.items() if name != "compile_views"}
+        return values
 
     @model_validator(mode="after")
     def _grows_evenly(self) -> Self:
@@ -169,12 +174,12 @@ class RunRecipe(BaseModel):
         """The parts that decide what is trained: what a checkpoint must agree with to be resumed.
 
         How the global batch is split does not count, nor how the same sums are computed (`compile`,
-        `deterministic`, `shard`), which changes their rounding alone; `compile_views` does not change even that.
+        `deterministic`, `shard`), which changes their rounding alone.
         """
         whole = self.model_dump(mode="json", exclude={"name", "watch"})
         for how in ("skips", "rollbacks", "spike", "spike_window", "microbatch"):
             del whole["train"][how]
-        for how in ("shard", "recompute", "compile", "compile_views", "deterministic"):
+        for how in ("shard", "recompute", "compile", "deterministic"):
             del whole["train"][how]
         return whole
 

@@ -9,13 +9,11 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 
-from data.errors import UserError
 from data.loader import Loader
 from data.resident import Resident, ResidentLoader
 from pretrain import checkpoint
 from pretrain.accelerator import as_launched, make_accelerator, on_main, wrap
 from pretrain.build import Datasets, open_data, resolve
-from pretrain.encoders.vision import VisionConfig
 from pretrain.job import Job
 from pretrain.materialise import materialise
 from pretrain.optim import build_optimizer
@@ -23,7 +21,6 @@ from pretrain.precision import best
 from pretrain.preemption import Preemption
 from pretrain.recipe import Recipe
 from pretrain.state import TrainingState
-from pretrain.views.passes import can_fuse, fuse_views
 
 
 @dataclass
@@ -33,10 +30,6 @@ class Setup(Job):
     recipe: Recipe
     loader: Loader
     data: Datasets
-
-
-FUSING_PAYS = 2**32
-"""Pixels that a process makes of one view of each sample from which compiling is worth its time ten times over."""
 
 
 def prepare(recipe: Recipe, folder: Path, resume: str = "auto") -> Setup:
@@ -63,7 +56,6 @@ def prepare(recipe: Recipe, folder: Path, resume: str = "auto") -> Setup:
     preemption = Preemption(folder / "STOP", recipe.watch.max_time, accelerator.is_main_process)
     samples, facts = len(data.train), data.facts
     steps = recipe.steps(samples)
-    fuse_views(_fuses_views(recipe, accelerator, steps))
     return Setup(recipe, accelerator, state, model, loader, steps, preemption, samples, facts, data)
 
 
@@ -84,19 +76,6 @@ def settle_precision(recipe: Recipe, folder: Path, resume: str = "auto") -> Reci
             file=sys.stderr,
         )
     return recipe.with_precision(begun or own)
-
-
-def _fuses_views(recipe: Recipe, accelerator: Accelerator, steps: int) -> bool:
-    """Whether this start of the run compiles its views; raises `UserError` where it cannot and was told to."""
-    wanted = recipe.train.compile_views
-    if accelerator.device.type != "cpu" or not isinstance(recipe.encoder, VisionConfig) or wanted is False:
-        return False
-    if wanted and not can_fuse():
-        raise UserError(
-            "train.compile_views=true needs a C++ compiler, and there is no g++ or clang++ here; leave it out"
-        )
-    pixels = recipe.encoder.image_size**2 * recipe.train.batch_size * steps // accelerator.num_processes
-    return wanted or (pixels > FUSING_PAYS and can_fuse())
 
 
 def make_loader(recipe: Recipe, data: Datasets, accelerator: Accelerator) -> Loader:

@@ -31,6 +31,13 @@ def test_every_recipe_parses_and_builds_without_memory(name: str) -> None:
     assert found.name == name
 
 
+def test_a_recipe_of_an_older_run_still_loads() -> None:
+    """It may say whether views are to be compiled; they always are."""
+    found = load_recipe("simclr_cifar10").model_dump(mode="json")
+    found["train"]["compile_views"] = None
+    assert parse_recipe(found, "older") == load_recipe("simclr_cifar10")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -27,12 +30,13 @@ from pretrain.views import (
     crop_resize,
     flips,
     make_views,
+    pixels,
     random_resized_crop_boxes,
 )
 from pretrain.views.blur import taps
-from pretrain.views.cpu import LARGE, PIECE, Strengths, views_each
-from pretrain.views.make import _render, draw, render
-from pretrain.views.passes import can_fuse, fuse_views
+from pretrain.views.color import jitter, planes_of, solarize, to_grey
+from pretrain.views.cpu import LARGE, Strengths, crop_each, views_each
+from pretrain.views.make import Drawn, _render, draw, render
 
 CANVAS = LARGE + 36
 
@@ -42,14 +46,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def fused():
-    if not can_fuse():
-        pytest.skip("there is no C++ compiler here")
-    yield fuse_views
-    fuse_views(False)
 
 
 @pytest.mark.parametrize("side", [1, 2, 7, 16, 33, 70])
@@ -67,29 +63,52 @@ def test_views_in_pieces_are_those_of_the_whole_batch(side: int, canvas: int) ->
     assert close[~drawn.solarize].all()
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("side", [1, 2, 7, 37, 96])
 @pytest.mark.parametrize("canvas", [24, CANVAS])
-@pytest.mark.parametrize("side", [37, 150])
-def test_compiled_views_have_the_bits_of_eager_ones(side: int, canvas: int, fused) -> None:
-    """Also with odd sizes, short pieces, any split, and inside mixed precision."""
-    batch, vision = batch_of(round(1.7 * PIECE / side**2), canvas), VisionConfig(image_size=side)
-    config = ViewsConfig(
-        views=[ViewConfig(count=2, solarize=0.5, grey=0.5), ViewConfig(jitter=None, blur=BlurConfig(probability=1.0))]
-    )
-    eager = make_views(batch, config, vision)[0]
-    fused(True)
-    assert torch.equal(make_views(batch, config, vision)[0], eager)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(make_views(batch[slice(1, 4)], config, vision)[0], eager[:, 1:4])
+def test_compiled_views_have_the_bits_of_the_formulas(side: int, canvas: int) -> None:
+    """At sizes that no vector divides, blurred beyond the picture, and with each operation alone and beside others."""
+    batch, vision = batch_of(40, canvas), VisionConfig()
+    blur = BlurConfig(sigma=(0.1, 3.0), probability=0.7)
+    kinds = [ViewConfig(solarize=0.5, grey=0.5, blur=blur), ViewConfig(jitter=None, blur=blur), ViewConfig(blur=None)]
+    for number, kind in enumerate(kinds):
+        drawn = draw(uniform(batch.keys, f"view {number}", (32,)), batch.sizes, kind)
+        made = render(batch.images, [(kind, drawn)], side, vision)[0]
+        assert torch.equal(made, by_formulas(batch, drawn, side, vision))
 
 
-def test_the_compiled_pass_has_the_bits_of_the_eager_one(fused) -> None:
-    """The jitter, at a size that no vector divides: its sum and every rounding."""
-    batch, vision = batch_of(PIECE // 11**2 + 300), VisionConfig(image_size=11)  # a whole piece, and half of one
-    config = ViewsConfig(views=[ViewConfig(blur=None)])
-    eager = make_views(batch, config, vision)[0]
-    fused(True)
-    assert torch.equal(make_views(batch, config, vision)[0], eager)
+def by_formulas(batch: ImageBatch, drawn: Drawn, side: int, vision: VisionConfig) -> torch.Tensor:
+    """What `color.py` and `blur.py` say, operation by operation, on tensors."""
+    if max(batch.images.shape[2:]) > LARGE:
+        crops = crop_each(batch.images, drawn.boxes, side, vision.interpolation)
+        crops = torch.where(drawn.flip[:, None, None, None], crops.flip(3), crops)
+    else:
+        crops = crop_resize(batch.images, drawn.boxes, side, drawn.flip, vision.interpolation)
+    colors = torch.stack(to_grey(jitter(planes_of(crops), drawn.jitter), drawn.grey), dim=1)
+    view = solarize(blurred_by_taps(colors, taps(drawn.sigma, 3.0)), drawn.solarize)
+    return (view - torch.tensor(vision.mean)[:, None, None]) * (1.0 / torch.tensor(vision.std))[:, None, None]
+
+
+def blurred_by_taps(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Rows, then columns; reflected at the borders, and added up from the middle outwards."""
+    for axis in (2, 3):
+        side = images.shape[axis]
+        weighed = weights[:, 0, None, None, None] * images
+        for k in range(1, weights.shape[1]):
+            places = (torch.arange(side) + torch.tensor([[-k], [k]])).abs() % max(1, 2 * (side - 1))
+            before, after = (images.index_select(axis, p) for p in torch.minimum(places, 2 * (side - 1) - places))
+            weighed = weighed + weights[:, k, None, None, None] * (before + after)
+        images = weighed
+    return images
+
+
+def test_views_are_compiled_where_no_folder_keeps_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(cache: bool = False, **options: Any) -> Callable[[Any], Any]:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba.njit(**options)
+
+    monkeypatch.setattr(pixels, "njit", njit)
+    assert pixels._kept(lambda x: x + 1)(1) == 2
 
 
 def test_parameters_that_change_nothing_change_no_bit() -> None:

@@ -30,32 +30,9 @@ def blur_radius(largest: float) -> int:
 
 
 def taps(sigma: Tensor, largest: float) -> Tensor:
-    """Weights for `blur_by_taps`, those below a millionth left out: float32 (b, radius + 1)."""
+    """Weights for a blur that adds up neighbours, those below a millionth left out: float32 (b, radius + 1)."""
     weights = gaussian_weights(sigma, blur_radius(largest))
     return torch.where(weights < 1e-6, 0.0, weights)
-
-
-def blur_by_taps(padded: Tensor, weights: Tensor) -> Tensor:
-    """Blur pictures that are already continued by the radius on all sides, adding up in a fixed order.
-
-    Weights of zero change no bit, so a picture's result does not depend on the radius that its neighbours need.
-
-    Args:
-        padded: float32 (b, c, h + 2 radius, w + 2 radius).
-        weights: float32 (b, radius + 1), at distances from 0.
-
-    Returns:
-        float32 (b, c, h, w).
-    """
-    radius = weights.shape[1] - 1
-    for axis in (2, 3):
-        length = padded.shape[axis] - 2 * radius
-        weighed = weights[:, 0, None, None, None] * padded.narrow(axis, radius, length)
-        for k in range(1, radius + 1):
-            pair = padded.narrow(axis, radius - k, length) + padded.narrow(axis, radius + k, length)
-            weighed = weighed + weights[:, k, None, None, None] * pair
-        padded = weighed
-    return padded
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, largest: float) -> Tensor:

@@ -1,8 +1,7 @@
-"""Views on a CPU: torch's resize of bytes picture by picture, then passes over a few pictures at a time.
+"""Views on a CPU: torch's resize of bytes picture by picture, and compiled passes over one view at a time.
 
 What stays in the cache from crop to normalisation is many times cheaper than a batch that goes through memory
-once an operation. Threads share the pieces out; the bits of a view depend neither on their number nor on the
-batch, nor on whether the passes are compiled.
+once an operation. Threads share the views out; the bits of a view depend neither on their number nor on the batch.
 """
 
 from __future__ import annotations
@@ -19,15 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pretrain.kernels import kernels
-from pretrain.views.passes import Pass, colors, compiled, fused, plain, sharp, soft
 
 LARGE = 64
 """Canvases with a longer side are cropped picture by picture on a CPU; smaller ones by matrix products."""
-PIECE = 2**16
-"""Pixels that a pass goes over at a time, about: with its planes they stay in the cache."""
-
-_MET: set[tuple[Pass, int, bool, int, bool]] = set()
-"""Kinds of pieces that have been made compiled."""
 
 
 def large(images: Tensor) -> bool:
@@ -82,13 +75,29 @@ def _views_each(
     mean: list[float],
     std: list[float],
 ) -> Tensor:
-    strengths = Strengths(jitter.flatten(0, 1), flags.flatten(0, 1), weights.flatten(0, 1))
-    if images.dtype == torch.float32:
-        cut = _Cut(images.flatten(0, 1), None, side, interpolation)
-    else:
-        cut = _Cut(images, boxes.flatten(0, 1).tolist(), side, interpolation)
-    made = _Pieces(cut, strengths, torch.tensor(mean), 1.0 / torch.tensor(std), fused())
-    return made.views().unflatten(0, jitter.shape[:2])
+    from pretrain.views.pixels import room, view_of_bytes, views_of_crops  # numba takes a while to import
+
+    jitters, flag, taps = jitter.flatten(0, 1).numpy(), flags.flatten(0, 1).numpy(), weights.flatten(0, 1).numpy()
+    average, scale = torch.tensor(mean).numpy(), (1.0 / torch.tensor(std)).numpy()
+    made = torch.empty(*jitter.shape[:2], 3, side, side)
+    views = made.flatten(3).flatten(0, 1).numpy()
+    crops = images.contiguous().flatten(3).flatten(0, 1).numpy() if images.dtype == torch.float32 else None
+    corners = [] if crops is not None else boxes.flatten(0, 1).tolist()
+    space, count = room(side, weights.shape[2] - 1), len(images)
+
+    def make(start: int, stop: int) -> None:
+        scratch = torch.empty(4, space).numpy()
+        if crops is not None:
+            some = slice(start, stop)
+            given = (crops[some], jitters[some], flag[some], taps[some])
+            views_of_crops(*given, average, scale, views[some], scratch, side)
+            return
+        for n in range(start, stop):
+            pixels = _resized(images[n % count], corners[n], side, interpolation).permute(1, 2, 0).contiguous()
+            view_of_bytes(pixels.numpy(), n, jitters, flag, taps, average, scale, views, scratch)
+
+    _shared_out(len(views), make)
+    return made
 
 
 @_views_each.register_fake
@@ -104,111 +113,6 @@ def _(
     std: list[float],
 ) -> Tensor:
     return images.new_empty(*jitter.shape[:2], 3, side, side, dtype=torch.float32)
-
-
-@dataclass
-class _Cut:
-    """The crops of `v` views, numbered through: that of sample n for view k is number k * b + n."""
-
-    images: Tensor
-    boxes: list[list[int]] | None
-    """Without them `images` are the crops themselves."""
-    side: int
-    interpolation: str
-
-    def some(self, numbers: list[int], mirrored: list[bool]) -> Tensor:
-        """Bytes (or float32, where they are there) of these crops: (n, 3, side, side), plane by plane."""
-        if self.boxes is None:
-            return self.images[numbers]
-        out = torch.empty(len(numbers), 3, self.side, self.side, dtype=torch.uint8)
-        for place, (number, mirror) in enumerate(zip(numbers, mirrored, strict=True)):
-            image = self.images[number % len(self.images)]
-            pixels = _resized(image, self.boxes[number], self.side, self.interpolation)
-            out[place] = pixels.flip(2) if mirror else pixels
-        return out
-
-
-@dataclass
-class _Pieces:
-    """All views of a call, made a few at a time; blurred ones apart from the others."""
-
-    cut: _Cut
-    strengths: Strengths
-    """Over all views: (v * b, …)."""
-    mean: Tensor
-    scale: Tensor
-    fused: bool
-
-    def views(self) -> Tensor:
-        """float32 (v * b, 3, side, side)."""
-        jitter, weights = self.strengths.jitter, self.strengths.weights
-        out = torch.empty(len(jitter), 3, self.cut.side, self.cut.side)
-        blurred = (weights[:, 1:] > 0).any(dim=1)
-        sharply: Pass = sharp if bool((jitter != torch.tensor([1.0, 1.0, 1.0, 0.0])).any()) else plain
-        length = max(1, round(PIECE / self.cut.side**2))
-        pieces = _pieces(sharply, ~blurred, length) + _pieces(soft, blurred, length)
-
-        def make(start: int, stop: int) -> None:
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                for kind, numbers in pieces[start:stop]:
-                    self._make(kind, numbers, length, out)
-
-        for number, (kind, numbers) in enumerate(pieces):
-            what = (kind, length, 2 * len(numbers) >= length, self.cut.side, self.cut.boxes is None)
-            if self.fused and what not in _MET:
-                _MET.add(what)
-                make(number, number + 1)  # compiled by one thread, before the others need it
-        _shared_out(len(pieces), make)
-        return out
-
-    def _make(self, kind: Pass, numbers: list[int], length: int, out: Tensor) -> None:
-        """Put a piece into `out`. Compiled for `length` pictures: a longish piece repeats its last one, others are
-        made by the same functions as they are."""
-        wanted, fuse = len(numbers), self.fused and 2 * len(numbers) >= length
-        if fuse:
-            numbers = numbers + numbers[-1:] * (length - wanted)
-        direct = numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-        target = out[numbers[0] : numbers[-1] + 1] if direct else out.new_empty(len(numbers), *out.shape[1:])
-        self._pass(compiled if fuse else _as_it_is, kind, numbers, target)
-        if not direct:
-            out[numbers[:wanted]] = target[:wanted]
-
-    def _pass(self, run: Callable[[Pass], Pass], kind: Pass, numbers: list[int], out: Tensor) -> None:
-        jitter, flags = self.strengths.jitter[numbers], self.strengths.flags[numbers]
-        images, flags = self.cut.some(numbers, flags[:, 0].tolist()), flags[:, 1:]
-        if kind is not soft:
-            run(kind)(out, images, jitter, flags, self.mean, self.scale)
-            return
-        weights = self.strengths.weights[numbers]
-        if run is _as_it_is:
-            weights = weights[:, : int((weights > 0).sum(dim=1).max())]
-        colored = torch.empty_like(out)
-        run(colors)(colored, images, jitter, flags)
-        padded = _reflected(colored, weights.shape[1] - 1, self.cut.side)
-        run(soft)(out, padded, weights, flags, self.mean, self.scale)
-
-
-def _as_it_is(function: Pass) -> Pass:
-    return function
-
-
-def _pieces(kind: Pass, chosen: Tensor, length: int) -> list[tuple[Pass, list[int]]]:
-    """Numbers of the chosen views, `length` at a time."""
-    numbers = chosen.nonzero()[:, 0].tolist()
-    return [(kind, numbers[start : start + length]) for start in range(0, len(numbers), length)]
-
-
-def _reflected(images: Tensor, radius: int, side: int) -> Tensor:
-    """Continued on all sides, as often as it takes."""
-    if radius < side:
-        return F.pad(images, [radius] * 4, mode="reflect")
-    places = torch.arange(-radius, side + radius)
-    if side > 1:
-        places = places.remainder(2 * (side - 1))
-        places = torch.minimum(places, 2 * (side - 1) - places)
-    else:
-        places = torch.zeros_like(places)
-    return images[:, :, places][:, :, :, places]
 
 
 @torch.library.custom_op("headwater::crop_each", mutates_args=())

@@ -37,6 +37,10 @@ class Drawn:
     solarize: Tensor
     """bool (b,)."""
 
+    def parts(self, count: int) -> list[Drawn]:
+        """`count` parts of the same length, one behind the other."""
+        return [Drawn(*each) for each in zip(*(values.chunk(count) for values in vars(self).values()), strict=True)]
+
 
 def make_views(
     batch: ImageBatch, config: ViewsConfig, presentation: Presentation, stream: str = "views"
@@ -51,12 +55,15 @@ def make_views(
         presentation: the encoder's `VisionConfig`: image size, mean, std and interpolation.
         stream: name of the random stream; another one gives other views of the same samples.
     """
-    kinds = [kind for kind in config.views for _ in range(kind.count)]
-    numbers = uniform(batch.keys, stream, (len(kinds), _NUMBERS))
+    numbers = uniform(batch.keys, stream, (config.count, _NUMBERS))
     by_side: dict[int, list[tuple[ViewConfig, Drawn]]] = {}
-    for number, kind in enumerate(kinds):
-        drawn = draw(numbers[:, number], batch.sizes, kind)
-        by_side.setdefault(kind.size or presentation.image_size, []).append((kind, drawn))
+    start = 0
+    for kind in config.views:
+        alike = numbers[:, start : start + kind.count].transpose(0, 1).flatten(0, 1)
+        drawn = draw(alike, batch.sizes.repeat(kind.count, 1), kind)
+        views = by_side.setdefault(kind.size or presentation.image_size, [])
+        views += [(kind, part) for part in drawn.parts(kind.count)]
+        start += kind.count
     return [render(batch.images, views, side, presentation) for side, views in by_side.items()]
 
 
@@ -124,7 +131,7 @@ def _render_each(
         flags=torch.stack(
             [flip, torch.stack([d.grey for d in drawn]), torch.stack([d.solarize for d in drawn])], dim=-1
         ),
-        weights=torch.stack([taps(d.sigma, largest) for d in drawn]),
+        weights=taps(torch.cat([d.sigma for d in drawn]), largest).unflatten(0, (len(drawn), -1)),
     )
     boxes = torch.stack([d.boxes for d in drawn])
     mean, std = presentation.mean, presentation.std

@@ -1,6 +1,6 @@
 """Augmentation: images a second against lightly's, LightlyTrain's and kornia's transforms, on the same cores.
 
-    python tests/bench/views.py [--seconds 1.0] [--rounds 5] [--processes 2] [--eager] [--cifar FOLDER_OF_PICTURES]
+    python tests/bench/views.py [--seconds 1.0] [--rounds 5] [--processes 2] [--cifar FOLDER_OF_PICTURES]
 
 Three cases: SimCLR's two views of 224 pixels and DINO's 2 x 224 + 6 x 96 from 500 x 375 JPEGs (cut out of
 scikit-learn's two photographs, quality 90), and SimCLR's two views of 32 from 32 x 32 JPEGs (CIFAR-10 where
@@ -12,7 +12,7 @@ single views are not collated into a batch, ours and kornia's are batches.
 The transforms are each library's own with the same crop scales, probabilities and strengths. They differ in this:
 lightly resizes with Pillow and blurs with Pillow's box approximation; LightlyTrain resizes with OpenCV
 (INTER_AREA); kornia cuts without antialiasing, and reads files with torchvision; ours jitters in a fixed order.
-Compiling ours (ten seconds a size of view, once) happens before anything is timed.
+Compiling ours (some seconds, once on a machine) happens before anything is timed.
 
 Needs: pip install 'headwater[bench]'. A library that is missing is left out, and the table says so.
 """
@@ -41,7 +41,6 @@ from data.canvas import CanvasDecoder
 from data.keyed import sample_keys
 from pretrain.encoders.vision import VisionConfig
 from pretrain.views import BlurConfig, JitterConfig, ViewConfig, ViewsConfig, make_views
-from pretrain.views.passes import can_fuse, fuse_views
 
 PICTURES = 256
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -205,10 +204,10 @@ MAKERS = {"headwater": ours, "lightly": lightly, "LightlyTrain": lightly_train, 
 # How they are measured.
 
 
-def work(connection: Any, barrier: Any, folder: Path, fused: bool) -> None:
+def work(connection: Any, barrier: Any, folder: Path) -> None:
     """One process: obeys (case, contender, decoded, seconds) and answers with images a second."""
     torch.set_num_threads(1)
-    fuse_views(fused)
+
     made: dict[tuple[str, str, bool], Batch] = {}
     while (order := connection.recv()) is not None:
         number, name, decoded, seconds = order
@@ -265,7 +264,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[tuple[int, str,
     pipes, processes = [], []
     for _ in range(arguments.processes):
         here, there = context.Pipe()
-        process = context.Process(target=work, args=(there, barrier, folder, arguments.fused), daemon=True)
+        process = context.Process(target=work, args=(there, barrier, folder), daemon=True)
         process.start()
         pipes.append(here)
         processes.append(process)
@@ -325,10 +324,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each contender in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--eager", action="store_true", help="do not compile our passes")
     parser.add_argument("--cifar", type=Path, help="folder of 32 x 32 pictures")
     arguments = parser.parse_args()
-    arguments.fused = can_fuse() and not arguments.eager
     # Before the processes start: libraries look once.
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1"}
     versions = [f"torch {torch.__version__}"]
@@ -343,8 +340,7 @@ def main() -> None:
     how = (
         f"{arguments.processes} processes of one thread, {arguments.rounds} rounds of {arguments.seconds:g} s in turns"
     )
-    mode = "compiled" if arguments.fused else "eager"
-    print(f"images/s, medians; {how}; batches of 16, 256 at 32 pixels; our passes {mode}")
+    print(f"images/s, medians; {how}; batches of 16, 256 at 32 pixels")
     print(f"{', '.join(versions)}\n")
     print(report(found))
 
