@@ -77,7 +77,7 @@ def _views_each(
 ) -> Tensor:
     from pretrain.views.pixels import room, view_of_bytes, views_of_crops  # numba takes a while to import
 
-    jitters, flag, taps = jitter.flatten(0, 1).numpy(), flags.flatten(0, 1).numpy(), weights.flatten(0, 1).numpy()
+    jitters, flag, taps = (part.flatten(0, 1).contiguous().numpy() for part in (jitter, flags, weights))
     average, scale = torch.tensor(mean).numpy(), (1.0 / torch.tensor(std)).numpy()
     made = torch.empty(*jitter.shape[:2], 3, side, side)
     views = made.flatten(3).flatten(0, 1).numpy()
