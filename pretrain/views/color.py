@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 Planes = tuple[Tensor, Tensor, Tensor]
-RED, GREEN, BLUE = 0.2989, 0.587, 0.114
-"""Shares of the luma: ITU-R 601 as torchvision rounds it."""
-STEPS = 2.0**20
-"""Grey values are rounded to whole multiples of 1 / STEPS to be summed: a row of 2,047 pixels fits into int32."""
+_STEPS = 2.0**20
+"""Grey values are rounded to whole multiples of 1 / _STEPS to be summed: a row of 2,047 pixels fits into int32."""
 
 
 def planes_of(images: Tensor) -> Planes:
@@ -29,17 +27,17 @@ def planes_of(images: Tensor) -> Planes:
 
 
 def grey_of(images: Planes) -> Tensor:
-    """Luma: float32 (b, h, w)."""
+    """Luma of ITU-R 601 with torchvision's weights: float32 (b, h, w)."""
     red, green, blue = images
-    return RED * red + GREEN * green + BLUE * blue
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
 def mean_grey(images: Planes) -> Tensor:
     """The mean of `grey_of` over a picture, the same whichever way it is added up: float32 (b, 1, 1)."""
-    grey = (grey_of(images) * STEPS).to(torch.int32)
+    grey = (grey_of(images) * _STEPS).to(torch.int32)
     rows = grey.sum(dim=2, keepdim=True, dtype=torch.int32 if grey.shape[2] < 2048 else torch.int64)
     total = rows.sum(dim=1, keepdim=True, dtype=torch.int64)
-    return total.to(torch.float32) * (1.0 / (STEPS * grey.shape[1] * grey.shape[2]))
+    return total.to(torch.float32) * (1.0 / (_STEPS * grey.shape[1] * grey.shape[2]))
 
 
 def adjust_brightness(images: Planes, factor: Tensor) -> Planes:

@@ -2,7 +2,8 @@
 
 Functions here do to pixels what those of `color.py` and `blur.py` do to tensors, and round after the same operations
 in the same order, whatever the processor. The first call compiles for some seconds and keeps the result in numba's
-cache folder: `__pycache__` beside this file, where that can be written to.
+cache folder: `__pycache__` beside this file, where that can be written to. It is made anew when this file changes, and
+no other is looked at: so all that is compiled stands here, constants included.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from pretrain.views.color import BLUE, GREEN, RED, STEPS
-
 Number: TypeAlias = Any
 """float32 (or the sum of grey, int64): numba finds out."""
 Plane: TypeAlias = NDArray[np.float32]
@@ -24,7 +23,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _f = np.float32
 _ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = (_f(n) for n in (0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0))
-_RED, _GREEN, _BLUE, _STEPS, _BYTE, _SIXTH = (_f(n) for n in (RED, GREEN, BLUE, STEPS, 1 / 255, 1 / 6))
+_RED, _GREEN, _BLUE, _BYTE, _SIXTH = (_f(n) for n in (0.2989, 0.587, 0.114, 1 / 255, 1 / 6))
+_STEPS = 2.0**20
 _PART = 2048
 """Pixels of a plane that are blurred to the end before the next ones: they stay in the smallest cache."""
 
@@ -158,7 +158,7 @@ def _from_bytes(pixels: Any, red: Plane, green: Plane, blue: Plane, factor: Numb
         g = _bright(_f(pixels[3 * n + 1]) * _BYTE, factor)
         b = _bright(_f(pixels[3 * n + 2]) * _BYTE, factor)
         red[n], green[n], blue[n] = r, g, b
-        total += np.int32(_grey(r, g, b) * _STEPS)
+        total += np.int32(_grey(r, g, b) * _f(_STEPS))
     return total
 
 
@@ -170,7 +170,7 @@ def _from_planes(crop: Any, red: Plane, green: Plane, blue: Plane, factor: Numbe
     for n in range(len(red)):
         r, g, b = _bright(given_red[n], factor), _bright(given_green[n], factor), _bright(given_blue[n], factor)
         red[n], green[n], blue[n] = r, g, b
-        total += np.int32(_grey(r, g, b) * _STEPS)
+        total += np.int32(_grey(r, g, b) * _f(_STEPS))
     return total
 
 
@@ -188,7 +188,7 @@ def _jittered(
 ) -> None:
     """Contrast, saturation and hue, then the end of a view."""
     contrast, saturation, shift = jitter[1], jitter[2], jitter[3]
-    rest = (_ONE - contrast) * (_f(total) * _f(1.0 / (STEPS * len(red))))
+    rest = (_ONE - contrast) * (_f(total) * _f(1.0 / (_STEPS * len(red))))
     turn, turns = _SIX * shift, shift != _ZERO
     mean_red, mean_green, mean_blue = mean[0], mean[1], mean[2]
     scale_red, scale_green, scale_blue = scale[0], scale[1], scale[2]
