@@ -8,12 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pretrain.encoders.attention import GROUP
+
 _WORTH = 0.9
 """Texts are packed where that leaves at most this share of the rows: unpacking has its price too."""
-
-
-_ALIKE = 2
-"""All texts are joined where on average this many have the same length, which attention then sees as one batch."""
 
 
 class Packed(NamedTuple):
@@ -35,14 +33,15 @@ class Packed(NamedTuple):
 def pack(tokens: Tensor, documents: Tensor, pad: int) -> Packed | None:
     """Rows of one text each, padded on the right (`documents` is 0 on its tokens), in as few rows as are easily found.
 
-    All in one row without padding, from short to long, where many are of the same length. Else first fit, the longest
-    first (Johnson 1974): at most 11/9 of the fewest rows, and one; None where little is saved.
+    All in one row without padding, from short to long, where so many are of the same length that attention takes them
+    as batches (`Grouped`). Else first fit, the longest first (Johnson 1974): at most 11/9 of the fewest rows, and one;
+    None where little is saved.
     """
     real = documents == 0
     lengths = real.sum(dim=1)
     b, n = tokens.shape
     total = int(lengths.sum())
-    if total < b * n and _ALIKE * len(lengths.unique()) <= b:
+    if total < b * n and GROUP * len(lengths.unique()) <= b:
         order = lengths.argsort(stable=True)
         starts = torch.empty_like(lengths)
         starts[order] = lengths[order].cumsum(0) - lengths[order]

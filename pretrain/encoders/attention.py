@@ -28,9 +28,7 @@ _SPLIT_GAIN = 0.6
 """`Split` is chosen where it computes at most this share of the scores that `Dense` does …"""
 _SPLIT_LENGTH = 48
 """… and documents are this long on average: each costs a few calls of its own."""
-
-
-_GROUP = 2
+GROUP = 2
 """`Grouped` is chosen where neighbours of one length are at least this many on average."""
 
 
@@ -66,7 +64,7 @@ def sight(rows: Rows) -> Sight:
         lengths = [] if rows.documents is None else run_lengths(rows.documents)
         worth = bool(lengths) and sum(length**2 for length in lengths) <= _SPLIT_GAIN * rows.batch * rows.length**2
         groups = [(length, len(list(same))) for length, same in groupby(lengths)] if worth else []
-        if worth and _GROUP * len(groups) <= len(lengths):
+        if worth and GROUP * len(groups) <= len(lengths):
             return grouped(rows, groups)
         if rows.reach is not None and 4 * rows.reach < rows.length:
             return banded(rows)
